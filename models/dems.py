@@ -1,0 +1,308 @@
+"""DEMS-ViT: patches of four sizes, gathered and merged region by region (Tang, Liu, Shen 2024, Pattern Recognition 161,
+111305).
+
+Differs from ViT in: tokens of patch sides p, 2p, 4p and 8p of the same image, the larger two through depthwise
+convolutions; fixed sin-cos positions; a sequence sorted by regions, one for each 8p patch with the 85 tokens inside it;
+two merges on the way through the blocks, which leave each region fewer tokens; qkv without bias, LayerNorm eps 1e-5.
+Parameter names follow the published weight files.
+
+Trained parameters at 32 px, patch 2, 10 classes: DEMS-Ti 5,582,888; DEMS-S 22,218,504. Published top-1 on CIFAR-10:
+96.03 and 96.20, fine-tuned 96.74 and 97.76.
+
+    model = DEMS(image_size=32, patch_size=2, num_classes=10, dim=192, depth=12, heads=3, mlp_dim=768)
+    logits = model(torch.randn(8, 3, 32, 32))   # (8, 10)
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+from torch import nn
+
+
+def drop_path(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """Drop whole samples of a residual branch with probability p (stochastic depth, arXiv 1603.09382)."""
+    if p == 0.0 or not training:
+        return x
+    keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - p)
+    return x * keep / (1 - p)
+
+
+def sincos_2d(grid: tuple[int, int], dim: int) -> torch.Tensor:
+    """Rows as sines and cosines at frequencies 10000^(-k / (d/4)), then columns; (1, rows * columns, d)."""
+    omega = 10000.0 ** (-torch.arange(dim // 4) / (dim / 4))
+    rows, columns = (torch.outer(torch.arange(side).float(), omega) for side in grid)
+    rows = repeat(rows, "h k -> h w k", w=grid[1])
+    columns = repeat(columns, "w k -> h w k", h=grid[0])
+    table = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1)
+    return rearrange(table, "h w d -> 1 (h w) d")
+
+
+class PatchEmbed(nn.Module):
+    """Image (b, c, h, w) -> tokens (b, n, d): a convolution with kernel = stride = patch."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class DepthwisePatchEmbed(PatchEmbed):
+    """The same through depthwise convolutions of strides patch / 4 and 4, then a 1x1 one; for the larger patches."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int):
+        nn.Module.__init__(self)
+        side = patch_size // 4
+        self.proj = nn.Sequential(
+            OrderedDict(
+                [
+                    ("proj-1", nn.Conv2d(channels, channels, side, stride=side, groups=channels, bias=False)),
+                    ("proj-2", nn.Conv2d(channels, channels, 4, stride=4, groups=channels, bias=False)),
+                    ("point_wise", nn.Conv2d(channels, dim, 1)),
+                ]
+            )
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, heads: int, attn_drop: float = 0.0):
+        super().__init__()
+        self.heads = heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention after the softmax, (b, heads, n, n)."""
+        q, k, _ = self.split_heads(x)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split_heads(x)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with exact GELU between, dropout after both."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: float, attn_drop: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = Attention(dim, heads, attn_drop)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = FeedForward(dim, mlp_dim, dropout)
+        self.drop_path = drop_path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+
+class Merge(nn.Module):
+    """Merge the tokens of each region into `num` weighted means of them; the class token stays."""
+
+    def __init__(self, dim: int, num: int, regions: int):
+        super().__init__()
+        self.regions = regions
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.fc1 = nn.Linear(dim, 2 * dim)
+        self.fc2 = nn.Linear(2 * dim, dim // 2)
+        self.fc3 = nn.Linear(dim // 2, num)
+        self.scale = nn.Parameter(torch.ones(1, 1, 1, 1))
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Regions' tokens (b, r, n, d) -> the share of each in each mean, (b, r, n, num); sums to 1 over n."""
+        x = F.gelu(self.fc2(F.gelu(self.fc1(self.norm(x)))))
+        return (self.scale * self.fc3(x)).softmax(dim=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, 1 + r n, d) -> (b, 1 + r num, d)."""
+        tokens = rearrange(x[:, 1:], "b (r n) d -> b r n d", r=self.regions)
+        merged = einsum(self.weights(tokens), tokens, "b r n m, b r n d -> b r m d")
+        return torch.cat([x[:, :1], rearrange(merged, "b r m d -> b (r m) d")], dim=1)
+
+
+class DEMS(nn.Module):
+    """Vision Transformer over patches of four sizes, merged region by region.
+
+    Args:
+        image_size: side in pixels, or (height, width); a multiple of 8 patches.
+        patch_size: side of the smallest patch in pixels.
+        num_classes: size of the head.
+        dim, depth, heads, mlp_dim: width, number of blocks, attention heads, hidden width of the MLPs.
+        merge_num: tokens that each region keeps at each merge.
+        merge_layer: the blocks that the merges come before, counted from 1.
+        channels: of the input.
+        dropout: after the embeddings and after both MLP layers.
+        attn_drop: on the attention weights.
+        drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
+
+    Raises:
+        ValueError: sizes that don't divide, or merges that don't fit.
+    """
+
+    scales = (8, 4, 2, 1)  # patches along the side of a region
+    region = sum(side**2 for side in scales)  # 85 tokens
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_dim: int,
+        merge_num: Sequence[int] = (64, 64),
+        merge_layer: Sequence[int] = (6, 10),
+        channels: int = 3,
+        dropout: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % (8 * patch_size) or width % (8 * patch_size):
+            shown = height if height == width else f"{height}x{width}"
+            raise ValueError(f"image size {shown} is not divisible by {8 * patch_size}, 8 x patch size {patch_size}")
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
+        if dim % 4:
+            raise ValueError(f"dim {dim} is not divisible by 4, as DEMS needs")
+        if len(merge_num) != len(merge_layer):
+            raise ValueError(f"merge_num has {len(merge_num)} counts for {len(merge_layer)} merge layers")
+        if list(merge_layer) != sorted(set(merge_layer)) or not all(1 <= layer <= depth for layer in merge_layer):
+            shown = " ".join(map(str, merge_layer))
+            raise ValueError(f"merge layers {shown} don't rise within 1 .. {depth}, the depth")
+        for before, num in zip((self.region, *merge_num), merge_num, strict=False):
+            if not 1 <= num <= before:
+                raise ValueError(f"merge count {num} is not within 1 .. {before}, the tokens that a region has before")
+        self.image_size = (height, width)
+        self.grid = (height // patch_size, width // patch_size)
+        self.regions = (self.grid[0] // 8, self.grid[1] // 8)
+
+        self.patch_embed = PatchEmbed(channels, dim, patch_size)
+        self.patch_embed_2 = PatchEmbed(channels, dim, 2 * patch_size)
+        self.patch_embed_4 = DepthwisePatchEmbed(channels, dim, 4 * patch_size)
+        self.patch_embed_8 = DepthwisePatchEmbed(channels, dim, 8 * patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        # Fixed, yet parameters, since the published files store them.
+        tables = [sincos_2d((self.regions[0] * side, self.regions[1] * side), dim) for side in self.scales]
+        self.pos_embed, self.pos_embed_2, self.pos_embed_4, self.pos_embed_8 = (
+            nn.Parameter(table, requires_grad=False) for table in tables
+        )
+        self.dropout = nn.Dropout(dropout)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, dropout, attn_drop, rate) for rate in rates)
+        self.merges = {layer - 1: f"mlp{i + 1}" for i, layer in enumerate(merge_layer)}  # block index -> module
+        for i, num in enumerate(merge_num):
+            merge = Merge(dim, num, self.regions[0] * self.regions[1])
+            self.add_module(f"norm_merge{i + 1}", merge.norm)  # the published files have it under both names
+            self.add_module(f"mlp{i + 1}", merge)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.head = nn.Linear(dim, num_classes)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The published initialisation for training from scratch; what isn't named here keeps the value it has."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay leaves out: none, the published training decays everything."""
+        return set()
+
+    def by_region(self, grids: list[torch.Tensor]) -> torch.Tensor:
+        """Tokens of the four scales, each (b, n, d) row by row -> sorted by regions, (b, regions * 85, d)."""
+        rows, columns = self.regions
+        sorted_grids = [
+            rearrange(tokens, "b (r h c w) d -> b (r c) (h w) d", r=rows, c=columns, h=side)
+            for tokens, side in zip(grids, self.scales, strict=True)
+        ]
+        return rearrange(torch.cat(sorted_grids, dim=2), "b r n d -> b (r n) d")
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (b, c, h, w) -> class token and the regions' tokens with their positions, (b, 1 + regions * 85, d)."""
+        if x.shape[-2:] != self.image_size:
+            raise ValueError(f"the image is {x.shape[-2]}x{x.shape[-1]}, the model expects {self.image_size}")
+        grids = [
+            self.patch_embed(x) + self.pos_embed,
+            self.patch_embed_2(x) + self.pos_embed_2,
+            self.patch_embed_4(x) + self.pos_embed_4,
+            self.patch_embed_8(x) + self.pos_embed_8,
+        ]
+        cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=x.shape[0])
+        return self.dropout(torch.cat([cls, self.by_region(grids)], dim=1))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (b, c, h, w) -> normalised tokens (b, 1 + regions * m, d), m what the last merge leaves of each."""
+        x = self.embed(x)
+        for i, block in enumerate(self.blocks):
+            if i in self.merges:
+                x = self.get_submodule(self.merges[i])(x)
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (b, c, h, w) -> logits (b, num_classes)."""
+        return self.head(self.forward_features(x)[:, 0])
+
+    @torch.no_grad()
+    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (b, c, h, w) -> attention of every block and head after the softmax, (b, depth, heads, n, n).
+
+        n = 1 + regions * 85, the tokens before any merge, in every block: what a merged token receives goes to the
+        tokens it is the mean of, by their shares in it, and a token looks with the mean of the merged tokens that hold
+        it, by the same shares; rows still sum to 1. Order: class token, then the scales from patch side p to 8p, each
+        row by row, so that the finest grid stands where ViT has it.
+        """
+        x = self.embed(x)
+        n_regions = self.regions[0] * self.regions[1]
+        shares = repeat(torch.eye(self.region, device=x.device), "m n -> b r m n", b=x.shape[0], r=n_regions)
+        own_region = torch.eye(n_regions, device=x.device)
+        maps = []
+        for i, block in enumerate(self.blocks):
+            if i in self.merges:
+                merge = self.get_submodule(self.merges[i])
+                tokens = rearrange(x[:, 1:], "b (r n) d -> b r n d", r=n_regions)
+                shares = merge.weights(tokens).float().transpose(-2, -1) @ shares
+                x = merge(x)
+            spread = einsum(shares, own_region, "b r m n, r s -> b r m s n")
+            spread = F.pad(rearrange(spread, "b r m s n -> b 1 (r m) (s n)"), (1, 0, 1, 0))
+            spread[:, :, 0, 0] = 1
+            gather = F.normalize(spread.transpose(-2, -1), p=1, dim=-1)
+            maps.append(gather @ block.attn.weights(block.norm1(x)).float() @ spread)
+            x = block(x)
+
+        sizes = [n_regions * side**2 for side in self.scales]
+        order = self.by_region([rearrange(part, "n -> 1 n 1") for part in torch.arange(sum(sizes)).split(sizes)])
+        place = torch.cat([torch.zeros(1, dtype=torch.long), 1 + order.flatten().argsort()]).to(x.device)
+        return torch.stack(maps, dim=1)[..., place, :][..., place]

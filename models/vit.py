@@ -1,0 +1,195 @@
+"""Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929), and its hybrid with a ResNet stem.
+
+Patches -> linear embedding, class token, learned position embedding -> pre-norm transformer -> class token -> head.
+Parameter names follow timm and DeiT, so that their weight files load by name; Google's `.npz` files and
+jeonsworld/ViT-pytorch checkpoints are renamed by `utils.checkpoint.load_weights`.
+
+Parameters at 224 px with 10 classes: ViT-B_16 85,806,346; ViT-B_32 87,462,922; ViT-L_16 303,311,882;
+ViT-L_32 305,520,650; ViT-H_14 630,777,610; R50-ViT-B_16 97,897,802.
+
+    model = ViT(image_size=32, patch_size=4, num_classes=10, dim=192, depth=12, heads=3, mlp_dim=768)
+    logits = model(torch.randn(8, 3, 32, 32))   # (8, 10)
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+from models.resnet import ResNetStem
+
+
+def drop_path(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """Drop whole samples of a residual branch with probability p (stochastic depth, arXiv 1603.09382)."""
+    if p == 0.0 or not training:
+        return x
+    keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - p)
+    return x * keep / (1 - p)
+
+
+class PatchEmbed(nn.Module):
+    """Image (b, c, h, w) -> tokens (b, n, d): a convolution with kernel = stride = patch, after the stem if any."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int, stem: ResNetStem | None = None):
+        super().__init__()
+        self.stem = stem or nn.Identity()
+        if stem is not None:
+            channels, patch_size = stem.out_channels, patch_size // stem.stride
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rearrange(self.proj(self.stem(x)), "b d h w -> b (h w) d")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, heads: int, attn_drop: float = 0.0):
+        super().__init__()
+        self.heads = heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention after the softmax, (b, heads, n, n)."""
+        q, k, _ = self.split_heads(x)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split_heads(x)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with exact GELU between, dropout after both."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: float, attn_drop: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, attn_drop)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = FeedForward(dim, mlp_dim, dropout)
+        self.drop_path = drop_path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+
+class ViT(nn.Module):
+    """Vision Transformer.
+
+    Args:
+        image_size: side in pixels, or (height, width).
+        patch_size: side of a patch in pixels; with a stem, of the image region behind a token (a multiple of 16).
+        num_classes: size of the head.
+        dim, depth, heads, mlp_dim: width, number of blocks, attention heads, hidden width of the MLPs.
+        channels: of the input.
+        dropout: after the embeddings and after both MLP layers.
+        attn_drop: on the attention weights.
+        drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
+        stem_depths: bottleneck units in each of the stem's three blocks, (3, 4, 9) in R50; None for plain patches.
+        stem_width: channels of the stem's root convolution, 64 in R50.
+
+    Raises:
+        ValueError: sizes that don't divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_dim: int,
+        channels: int = 3,
+        dropout: float = 0.1,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        stem_depths: tuple[int, int, int] | None = None,
+        stem_width: int = 64,
+    ):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % patch_size or width % patch_size:
+            shown = height if height == width else f"{height}x{width}"
+            raise ValueError(f"image size {shown} is not divisible by patch size {patch_size}")
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
+        if stem_depths and patch_size % ResNetStem.stride:
+            raise ValueError(f"patch size {patch_size} is not a multiple of {ResNetStem.stride}, the stem's stride")
+        self.image_size = (height, width)
+        self.grid = (height // patch_size, width // patch_size)
+
+        stem = ResNetStem(channels, stem_depths, stem_width) if stem_depths else None
+        self.patch_embed = PatchEmbed(channels, dim, patch_size, stem)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
+        self.dropout = nn.Dropout(dropout)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, dropout, attn_drop, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The published initialisation for training from scratch; what isn't named here keeps torch's default."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for block in self.blocks:
+            for fc in (block.mlp.fc1, block.mlp.fc2):
+                nn.init.xavier_uniform_(fc.weight)
+                nn.init.normal_(fc.bias, std=1e-6)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay leaves out."""
+        return {"cls_token", "pos_embed"}
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (b, c, h, w) -> class token and patch tokens with their positions, (b, 1 + n, d)."""
+        if x.shape[-2:] != self.image_size:
+            raise ValueError(f"the image is {x.shape[-2]}x{x.shape[-1]}, the model expects {self.image_size}")
+        cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=x.shape[0])
+        return self.dropout(torch.cat([cls, self.patch_embed(x)], dim=1) + self.pos_embed)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (b, c, h, w) -> normalised tokens (b, 1 + n, d)."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (b, c, h, w) -> logits (b, num_classes)."""
+        return self.head(self.forward_features(x)[:, 0])
+
+    @torch.no_grad()
+    def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (b, c, h, w) -> attention after the softmax of all blocks and heads, (b, depth, heads, 1 + n, 1 + n)."""
+        x = self.embed(x)
+        maps = []
+        for block in self.blocks:
+            maps.append(block.attn.weights(block.norm1(x)))
+            x = block(x)
+        return torch.stack(maps, dim=1)

@@ -1,0 +1,38 @@
+"""Fixtures: reference outputs of the published implementations, and weight files made from them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
+
+
+@pytest.fixture
+def reference():
+    """`reference("dems")` -> (sizes, arrays): what a published implementation computed from random weights."""
+
+    def load(name: str) -> tuple[dict, dict[str, np.ndarray]]:
+        with np.load(Path(__file__).parent / "data" / f"{name}.npz", allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return json.loads(str(arrays.pop("config"))), arrays
+
+    return load
+
+
+@pytest.fixture
+def write_weights(tmp_path):
+    """`write_weights(arrays, "w:", "weights.npz")` -> path of a weight file with the arrays of that prefix."""
+
+    def write(arrays: dict[str, np.ndarray], prefix: str, filename: str) -> Path:
+        weights = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+        path = tmp_path / filename
+        if path.suffix == ".npz":
+            np.savez(path, **weights)
+        else:
+            torch.save({key: torch.from_numpy(value) for key, value in weights.items()}, path)
+        return path
+
+    return write

@@ -1,0 +1,501 @@
+"""The four models and the hybrid: parity with reference outputs of the published implementations, sizes, gradients,
+compilation, attention maps, parts shared between files, messages."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models import MODELS, create_model, dems, model_sizes, mvit, rescale_vit, vit
+from models.dems import DEMS
+from models.mvit import MViT
+from models.rescale_vit import RescaleViT
+from models.vit import ViT
+from utils.checkpoint import load_weights
+from utils.options import UserError
+
+TINY = dict(image_size=16, num_classes=5, patch_size=4, dim=32, depth=3, heads=2, mlp_dim=64)
+KINDS = {
+    "ViT": ("ViT-Ti_16", "LN", TINY),
+    "BN": ("ViT-Ti_16", "BN", TINY),
+    "GN": ("ViT-Ti_16", "GN", TINY),
+    "Rescale": ("ViT-Ti_16", "Rescale", TINY),
+    "hybrid": ("R50-ViT-B_16", "LN", TINY | dict(image_size=32, patch_size=16, stem_depths=(2, 1, 1), stem_width=32)),
+    "DEMS": ("DEMS-Ti", "LN", TINY | dict(patch_size=1, merge_num=(16, 8), merge_layer=(2, 3))),
+    "MViT": ("MViT-Ti", "LN", TINY | dict(image_sizes=(4, 8, 16))),
+}
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind: str, **overrides):
+    torch.manual_seed(0)
+    model_type, norm_type, sizes = KINDS[kind]
+    return create_model(model_type, norm_type, **sizes | overrides)
+
+
+def images(model, batch: int = 4) -> torch.Tensor:
+    return torch.randn(batch, 3, *model.image_size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(actual: torch.Tensor, expected, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, torch.as_tensor(expected), atol=atol, rtol=0)
+
+
+# --- parity ---
+
+
+def test_dems_reference(reference, write_weights):
+    config, arrays = reference("dems")
+    sizes = {word: config[word] for word in "image_size num_classes dim depth heads merge_num merge_layer".split()}
+    model = create_model("DEMS-Ti", **sizes, patch_size=config["patch_size"], mlp_dim=4 * config["dim"]).eval()
+    fresh = {name: table.clone() for name, table in model.named_parameters() if name.startswith("pos_embed")}
+    model.load_state_dict(torch.load(write_weights(arrays, "w:", "dems.pth")), strict=True)
+    assert len(fresh) == 4
+    for name, table in fresh.items():
+        assert_close(table, arrays[f"w:{name}"], atol=1e-6)
+    assert_close(model(torch.from_numpy(arrays["input"])), arrays["logits"])
+
+
+def test_mvit_reference(reference, write_weights):
+    config, arrays = reference("mvit")
+    model = create_model(
+        "MViT-Ti",
+        image_size=config["img_sizes"][-1],
+        image_sizes=config["img_sizes"],
+        patch_size=config["patch_size"],
+        num_classes=config["num_classes"],
+        dim=config["embed_dim"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        mlp_dim=config["mlp_ratio"] * config["embed_dim"],
+    ).eval()
+    model.load_state_dict(torch.load(write_weights(arrays, "w:", "mvit.pth")), strict=True)
+    x = torch.from_numpy(arrays["input"])
+    assert_close(model.forward_features(x), arrays["tokens"])
+    assert_close(model(x), arrays["logits"])
+
+
+def vit_like(config: dict, norm_type: str = "LN", **overrides):
+    sizes = dict(dim=config["dim"], depth=config["layers"], heads=config["heads"], mlp_dim=config["mlp"])
+    sizes |= dict(image_size=config["img"], patch_size=config.get("patch"), num_classes=config["classes"])
+    return create_model("ViT-B_16", norm_type, **sizes | overrides)
+
+
+@pytest.mark.parametrize("norm_type", ["LN", "BN", "GN", "Rescale"])
+def test_rescale_vit_reference(reference, write_weights, norm_type):
+    config, arrays = reference(f"rescale_vit_{norm_type}")
+    model = vit_like(config, norm_type, dropout=0.0)
+    report = load_weights(model, write_weights(arrays, "w:", "run_checkpoint.bin"))
+    assert not report.reinitialised and not report.ignored
+
+    train_input = torch.from_numpy(arrays["train_input"])
+    for x, logits in zip(train_input, arrays["train_logits"], strict=True):
+        assert_close(model(x), logits)
+    after = {name: value.clone() for name, value in model.named_buffers()}
+    assert_close(model.eval()(train_input[0]), arrays["eval_logits"])
+    assert all(torch.equal(value, after[name]) for name, value in model.named_buffers())
+
+    names = {"attention_norm": "norm1", "ffn_norm": "norm2", "encoder_norm": "norm", "addbias": "bias1"}
+    names |= {"ffn_addbias": "bias2", "init_mean": "mean"}
+    for key in (key for key in arrays if key.startswith("after:")):
+        words = [names.get(word, word) for word in key.removeprefix("after:").split(".")]
+        name = ".".join(words).replace("transformer.encoder.", "").replace("layer.", "blocks.", words[2] == "layer")
+        assert_close(after[name], arrays[key])
+    assert len(after) == {"LN": 0, "BN": 3 * 7, "GN": 0, "Rescale": 2 * 6}[norm_type]
+
+
+@pytest.mark.parametrize("prefix,filename", [("w:", "ViT-B_16.npz"), ("jeonsworld:", "run_checkpoint.bin")])
+@pytest.mark.parametrize("size", ["img", "img2"])
+def test_vit_reference(reference, write_weights, prefix, filename, size):
+    config, arrays = reference("vit_google_npz")
+    suffix = "_resized" if size == "img2" else ""
+    model = vit_like(config, image_size=config[size]).eval()
+    report = load_weights(model, write_weights(arrays, prefix, filename))
+    assert report.resized == (["pos_embed"] if suffix else [])
+    x = torch.from_numpy(arrays["input" + suffix])
+    assert_close(model(x), arrays["logits" + suffix])
+    assert_close(model.attention_maps(x), arrays["attention" + suffix])
+
+
+def test_hybrid_reference(reference, write_weights):
+    config, arrays = reference("vit_hybrid_npz")
+    width = round(64 * config["width"])
+    sizes = dict(dim=config["dim"], depth=config["layers"], heads=config["heads"], mlp_dim=config["mlp"])
+    model = create_model(
+        "R50-ViT-B_16", "LN", config["img"], config["classes"], stem_depths=config["units"], stem_width=width, **sizes
+    ).eval()
+    report = load_weights(model, write_weights(arrays, "w:", "R50.npz"))
+    assert not report.reinitialised
+    assert_close(model(torch.from_numpy(arrays["input"])), arrays["logits"])
+
+
+# --- weights of LayerNorm models in other norms ---
+
+
+@pytest.mark.parametrize("prefix,filename", [("w:", "ViT-B_16.npz"), ("jeonsworld:", "run_checkpoint.bin")])
+@pytest.mark.parametrize("norm_type", ["BN", "GN", "Rescale"])
+def test_layer_norm_weights_stay_out(reference, write_weights, norm_type, prefix, filename):
+    config, arrays = reference("vit_google_npz")
+    model = vit_like(config, norm_type)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_weights(model, write_weights(arrays, prefix, filename))
+
+    is_norm = [name for name in fresh if any(word in name for word in ("norm", "bias1", "bias2", "scale"))]
+    assert sorted(report.reinitialised) == sorted(is_norm) and report.reinitialised[0] in str(report)
+    assert all(torch.equal(model.state_dict()[name], fresh[name]) for name in is_norm)
+    assert sorted(report.loaded) == sorted(set(fresh) - set(is_norm))
+    assert {"norm.weight", "norm.bias", "blocks.0.norm1.weight"} <= set(report.ignored)
+
+    same = vit_like(config)
+    load_weights(same, write_weights(arrays, prefix, filename))
+    assert all(torch.equal(model.state_dict()[name], same.state_dict()[name]) for name in report.loaded)
+
+
+@pytest.mark.parametrize("kind", ["DEMS", "MViT"])
+def test_published_names_load_whole(kind, tmp_path):
+    model, other = make(kind), make(kind)
+    torch.nn.init.normal_(other.cls_token)
+    torch.save({"model": other.state_dict()}, tmp_path / "weights.pth")
+    report = load_weights(model, tmp_path / "weights.pth")
+    assert report.loaded == list(other.state_dict()) and not report.ignored
+    assert torch.equal(model.cls_token, other.cls_token)
+
+
+def test_other_models_weights_are_refused(reference, write_weights):
+    _, arrays = reference("dems")
+    with pytest.raises(UserError, match="has 4 blocks, the model 3"):
+        load_weights(make("ViT"), write_weights(arrays, "w:", "dems.pth"))
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(
+    "model_type,image_size,num_classes,overrides,parameters",
+    [
+        ("ViT-B_16", 224, 10, {}, 85_806_346),
+        ("ViT-B_32", 224, 10, {}, 87_462_922),
+        ("ViT-L_16", 224, 10, {}, 303_311_882),
+        ("ViT-L_32", 224, 10, {}, 305_520_650),
+        ("ViT-H_14", 224, 10, {}, 630_777_610),
+        ("R50-ViT-B_16", 224, 10, {}, 97_897_802),
+        ("DEMS-Ti", 32, 10, {}, 5_582_888),
+        ("DEMS-S", 32, 10, {}, 22_218_504),
+        ("DEMS-Ti", 256, 101, dict(patch_size=16), 6_329_991),
+        ("DEMS-S", 256, 101, dict(patch_size=16), 23_708_839),
+        ("MViT-Ti", 32, 10, {}, 5_842_378),
+    ],
+)
+def test_parameter_counts(model_type, image_size, num_classes, overrides, parameters):
+    with torch.device("meta"):
+        model = create_model(model_type, image_size=image_size, num_classes=num_classes, **overrides)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
+
+
+@pytest.mark.parametrize("model_type,parameters", [("DEMS-Ti", 5_648_168), ("DEMS-S", 22_349_064)])
+def test_parameter_counts_with_fixed_tables(model_type, parameters):
+    with torch.device("meta"):
+        model = create_model(model_type, image_size=32, num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+        "pos_embed",
+        "pos_embed_2",
+        "pos_embed_4",
+        "pos_embed_8",
+    }
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_row_makes_a_model(model_type):
+    with torch.device("meta"):
+        model = create_model(model_type, image_size=224, num_classes=7)
+        assert model(torch.empty(1, 3, 224, 224)).shape == (1, 7)
+
+
+def test_model_list_needs_no_torch():
+    code = "import sys, models; models.model_sizes('DEMS-S', image_size=32); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@all_kinds
+def test_oblong_images(kind):
+    height = make(kind).image_size[0]
+    overrides = dict(image_sizes=((8, 4), (32, 16))) if kind == "MViT" else {}
+    model = make(kind, image_size=(2 * height, height), **overrides).eval()
+    assert model(images(model)).shape == (4, 5)
+    assert model.grid == (2 * model.grid[1], model.grid[1])
+
+
+def test_default_dropout():
+    assert [make(kind).dropout.p for kind in KINDS] == [0.1, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0]
+
+
+@all_kinds
+def test_no_weight_decay_names_exist(kind):
+    model = make(kind)
+    expected = {"DEMS": set(), "MViT": {"cls_token", "pos_embed", "temporal_pos_embed", "attn_pool.latent"}}
+    assert model.no_weight_decay() == expected.get(kind, {"cls_token", "pos_embed"})
+    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+
+
+# --- training ---
+
+
+@all_kinds
+def test_every_parameter_gets_a_gradient(kind):
+    model = make(kind)
+    model(images(model)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.any(), f"no gradient for {name}"
+        else:
+            assert parameter.grad is None
+    if kind == "MViT":
+        assert not model.attn_pool.latent.grad[:, :-1].any()
+
+
+@all_kinds
+def test_compiles_as_one_graph(kind):
+    model, twin = make(kind, dropout=0.0), make(kind, dropout=0.0)
+    compiled = torch.compile(twin, fullgraph=True, backend="eager")
+    x = images(model)
+    for training in (True, True, False):
+        expected, actual = model.train(training)(x), compiled.train(training)(x)
+        assert_close(actual, expected)
+        if training:
+            actual.sum().backward()
+    for value, expected in zip(twin.buffers(), model.buffers(), strict=True):
+        assert_close(value, expected)
+
+
+@all_kinds
+def test_bf16_autocast(kind):
+    model = make(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(images(model)).float().square().sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert all(value.isfinite().all() for value in model.buffers())
+
+
+@pytest.mark.parametrize("word", ["dropout", "attn_drop", "drop_path"])
+@all_kinds
+def test_dropout_in_training_only(kind, word):
+    off = dict(dropout=0.0, attn_drop=0.0, drop_path=0.0)
+    plain, model = make(kind, **off).eval(), make(kind, **off | {word: 0.5}).eval()
+    if kind == "MViT":  # fresh layer scale hides what the blocks do
+        for block in [*plain.blocks, *model.blocks]:
+            torch.nn.init.ones_(block.gamma_1)
+            torch.nn.init.ones_(block.gamma_2)
+    x = images(model)
+    assert torch.equal(plain(x), model(x))
+    torch.manual_seed(2)
+    assert (plain.train()(x) - model.train()(x)).abs().max() > 1e-4
+
+
+def test_drop_path_rates():
+    rates = {kind: [block.drop_path for block in make(kind, drop_path=0.2).blocks] for kind in KINDS}
+    assert rates.pop("MViT") == [0.2, 0.2, 0.2]
+    assert all(rate == [0.0, 0.1, 0.2] for rate in rates.values())
+
+
+def test_drop_path_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(10_000, 1, 1)
+    dropped = vit.drop_path(x, 0.2, training=True)
+    assert set(dropped.unique().tolist()) == {0.0, 1.25}
+    assert abs(dropped.mean() - 1) < 0.02
+
+
+def test_rescale_counts_eight_passes():
+    bias = rescale_vit.CentredBias(2)
+    torch.nn.init.ones_(bias.bias)
+    inputs = [torch.full((3, 4, 2), float(i)) for i in range(10)]
+    assert_close(bias.eval()(inputs[5])[0, 0], [5.01, 5.01])
+    bias.train()
+    outputs = [bias(x)[0, 0, 0].item() for x in inputs]
+    means = [sum(range(min(i, 7) + 1)) / (min(i, 7) + 1) for i in range(10)]
+    assert outputs == pytest.approx([i + (0.01 if i < 8 else 1) - means[i] for i in range(10)])
+    assert bias.count == 8 and bias.count.dtype == torch.int64
+
+
+# --- attention maps ---
+
+
+@all_kinds
+def test_attention_rows_sum_to_one(kind):
+    model = make(kind, dropout=0.0)
+    x = images(model, batch=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    maps = model.attention_maps(x)
+    tokens = {"hybrid": 1 + 2 * 2, "DEMS": 1 + 4 * 85, "MViT": 2 + 5 + 17}.get(kind, 1 + 4 * 4)
+    assert maps.shape == (2, 3, 2, tokens, tokens)
+    assert_close(maps.sum(dim=-1), torch.ones(2, 3, 2, tokens))
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_mvit_attention_is_block_causal():
+    model = make("MViT").eval()
+    maps = model.attention_maps(images(model, batch=2))
+    level = torch.tensor([0] * 2 + [1] * 5 + [2] * 17)
+    seen = level[None, :] <= level[:, None]
+    assert (maps[..., seen] > 0).all() and not maps[..., ~seen].any()
+    # The same by a mask in one call of attention.
+    block, x = model.blocks[0], model.embed(images(model, batch=2))
+    q, k, v = block.attn.split_heads(x)
+    masked = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    assert_close(block.attn(x), block.attn.proj(masked.transpose(1, 2).flatten(2)))
+
+
+def test_mvit_positions_are_resampled():
+    model = make("MViT")
+    grid = model.pos_embed.detach().reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    for i, side in enumerate((1, 2)):
+        expected = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+        assert_close(model.get_buffer(f"to_grid_{i}") @ model.pos_embed, expected.flatten(2).transpose(1, 2), atol=1e-6)
+
+
+def test_dems_maps_stand_in_grid_order():
+    model = make("DEMS").eval()
+    x = images(model, batch=2)
+    maps = model.attention_maps(x)
+    raw = model.blocks[0].attn.weights(model.blocks[0].norm1(model.embed(x)))
+    # Grid of 16 x 16 patches, regions of 8 x 8: patch (0, 9) is token 1 of region 1, patch (8, 0) token 0 of region 2;
+    # of patch side 2p, 8 x 8, patch (1, 5) is token 5 of region 1; patch 3 of side 8p is the last of all.
+    for place, token in [
+        (0, 0),
+        (1 + 9, 1 + 85 + 1),
+        (1 + 8 * 16, 1 + 170),
+        (1 + 256 + 13, 1 + 85 + 64 + 5),
+        (340, 340),
+    ]:
+        assert_close(maps[:, 0, :, 0, place], raw[:, :, 0, token], atol=1e-7)
+        assert_close(maps[:, 0, :, place, 0], raw[:, :, token, 0], atol=1e-7)
+
+
+def test_dems_merges_inside_regions():
+    merge = dems.Merge(32, 8, regions=4)
+    x = torch.randn(2, 1 + 4 * 85, 32)
+    y = merge(x)
+    assert y.shape == (2, 1 + 4 * 8, 32) and torch.equal(y[:, 0], x[:, 0])
+    changed = x.clone()
+    changed[:, 1 + 85 : 1 + 170] += 1
+    same = (merge(changed) == y).all(dim=-1)[0].tolist()
+    assert same == [True] + [True] * 8 + [False] * 8 + [True] * 16
+
+
+# --- parts shared between files ---
+
+
+@pytest.mark.parametrize(
+    "part,files",
+    [
+        ("drop_path", [rescale_vit, dems, mvit]),
+        ("FeedForward", [rescale_vit, dems, mvit]),
+        ("Attention", [rescale_vit]),
+        ("Attention.split_heads", [rescale_vit, dems, mvit]),
+        ("Attention.weights", [rescale_vit, dems]),
+        ("Attention.forward", [rescale_vit, dems]),
+        ("Block.forward", [rescale_vit, dems]),
+    ],
+)
+def test_shared_parts_read_the_same(part, files):
+    def source(file):
+        obj = file
+        for word in part.split("."):
+            obj = getattr(obj, word)
+        return inspect.getsource(obj)
+
+    for file in files:
+        assert source(file) == source(vit), f"{part} in {file.__name__} differs from models.vit"
+
+
+def test_parts_that_differ_by_a_word():
+    assert inspect.getsource(dems.Attention).replace(", bias=False", "") == inspect.getsource(vit.Attention)
+    assert inspect.getsource(dems.Block).replace("1e-5", "1e-6") == inspect.getsource(vit.Block)
+    for file in (dems, mvit):
+        assert inspect.getsource(file.PatchEmbed) == inspect.getsource(rescale_vit.PatchEmbed)
+    for method in ("init_weights", "no_weight_decay", "embed", "forward"):
+        assert inspect.getsource(getattr(RescaleViT, method)) == inspect.getsource(getattr(ViT, method))
+
+
+def test_vit_names_are_timms():
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=16, patch_size=4, num_classes=5, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2)
+    theirs, ours = timm.models.VisionTransformer(**sizes).eval(), make("ViT").eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert_close(ours(images(ours)), theirs(images(ours)))
+    assert ours.no_weight_decay() == theirs.no_weight_decay() & dict(ours.named_parameters()).keys()
+
+
+# --- messages ---
+
+CLASSES = {"ViT": ViT, "hybrid": ViT, "DEMS": DEMS, "MViT": MViT}
+
+
+@pytest.mark.parametrize(
+    "kind,overrides,message",
+    [
+        ("ViT", dict(image_size=30), "image size 30 is not divisible by patch size 4"),
+        ("ViT", dict(image_size=(16, 30)), "image size 16x30 is not divisible by patch size 4"),
+        ("ViT", dict(heads=3), "dim 32 is not divisible by heads 3"),
+        ("BN", dict(image_size=30), "image size 30 is not divisible by patch size 4"),
+        ("Rescale", dict(heads=3), "dim 32 is not divisible by heads 3"),
+        ("GN", dict(dim=30), "dim 30 is not divisible by 4, as GN needs"),
+        ("DEMS", dict(image_size=20), "image size 20 is not divisible by 8, 8 x patch size 1"),
+        ("DEMS", dict(heads=3), "dim 32 is not divisible by heads 3"),
+        ("DEMS", dict(dim=30), "dim 30 is not divisible by 4, as DEMS needs"),
+        ("DEMS", dict(merge_num=(16,)), "merge_num has 1 counts for 2 merge layers"),
+        ("DEMS", dict(merge_layer=(2, 4)), "merge layers 2 4 don't rise within 1 .. 3, the depth"),
+        ("DEMS", dict(merge_layer=(3, 2)), "merge layers 3 2 don't rise within 1 .. 3, the depth"),
+        ("DEMS", dict(merge_num=(86, 8)), "merge count 86 is not within 1 .. 85, the tokens that a region has before"),
+        ("DEMS", dict(merge_num=(8, 16)), "merge count 16 is not within 1 .. 8, the tokens that a region has before"),
+        ("MViT", dict(image_sizes=(6, 16)), "image size 6 is not divisible by patch size 4"),
+        ("MViT", dict(image_size=20, image_sizes=None), "image size 10 is not divisible by patch size 4"),
+        ("MViT", dict(image_sizes=(16, 8)), "image sizes 16 8 don't rise to the image size, 16"),
+        ("MViT", dict(image_sizes=(8, 12)), "image sizes 8 12 don't rise to the image size, 16"),
+        ("MViT", dict(heads=3), "dim 32 is not divisible by heads 3"),
+        ("MViT", dict(dim=33, heads=3), "dim 33 is not divisible by 2, as MViT needs"),
+    ],
+)
+def test_bad_sizes(kind, overrides, message):
+    model_type, norm_type, sizes = KINDS[kind]
+    with pytest.raises(ValueError) as before_torch:
+        model_sizes(model_type, norm_type, **sizes | overrides)
+    with pytest.raises(ValueError) as in_class:
+        sizes = sizes | overrides
+        CLASSES[kind](**sizes) if kind in CLASSES else RescaleViT(norm_type=norm_type, **sizes)
+    assert str(before_torch.value) == str(in_class.value) == message
+
+
+@pytest.mark.parametrize(
+    "arguments,overrides,message",
+    [
+        (("ViT-X",), {}, "unknown model type 'ViT-X', one of ViT-Ti_16"),
+        (("ViT-B_16", "XN"), {}, "unknown norm type 'XN', one of LN BN GN Rescale"),
+        (("DEMS-Ti", "BN"), {}, "norm type BN is made for plain ViT models, DEMS-Ti has LN only"),
+        (("MViT-S", "Rescale"), {}, "norm type Rescale is made for plain ViT models, MViT-S has LN only"),
+        (("R50-ViT-B_16", "GN"), {}, "norm type GN is made for plain ViT models, R50-ViT-B_16 has LN only"),
+        (("ViT-B_16",), dict(merge_num=(8, 8)), "merge_num belongs to DEMS models, ViT-B_16 has none"),
+    ],
+)
+def test_bad_names(arguments, overrides, message):
+    with pytest.raises(ValueError) as error:
+        create_model(*arguments, **overrides)
+    assert str(error.value).startswith(message)
+
+
+@all_kinds
+def test_images_of_another_size(kind):
+    model = make(kind)
+    height = model.image_size[0]
+    with pytest.raises(ValueError, match=f"the image is {2 * height}x{height}, the model expects"):
+        model(torch.zeros(1, 3, 2 * height, height))
+
+
+def test_unknown_norm_in_class():
+    with pytest.raises(ValueError, match="unknown norm type 'LN', one of BN GN Rescale"):
+        RescaleViT(norm_type="LN", **TINY)
