@@ -1,0 +1,128 @@
+"""Small data, weights and command lines for the tests."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = dict(dim=32, depth=2, heads=2, mlp_dim=64)
+TINY = (
+    "--model_type ViT-Ti_16 --patch_size 7 --img_size 28 --dim 32 --depth 2 --heads 2 --mlp_dim 64 "
+    "--dataset fashionmnist-mini --train_batch_size 32 --log_every 1"
+).split()
+
+
+def call(script: str, *words, check: int | None = 0, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts as a user does; `check` is the exit status expected."""
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **(env or {})}, timeout=600
+    )
+    assert check is None or done.returncode == check, (done.returncode, done.stdout, done.stderr)
+    return done
+
+
+def places(folder: Path) -> list[str]:
+    """Flags that keep a run's files in a folder."""
+    return ["--output_dir", str(folder / "output"), "--log_dir", str(folder / "logs")]
+
+
+def torchrun(processes: int, *words, check: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "train.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == check, (done.returncode, done.stdout, done.stderr)
+    return done
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def write_cifar10(root: Path, per_file: int = 60) -> None:
+    """A few random images in CIFAR-10's own format."""
+    rng = np.random.default_rng(0)
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        data = rng.integers(0, 256, (per_file, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(
+            pickle.dumps({"data": data, "labels": [i % 10 for i in range(per_file)]}, protocol=2)
+        )
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}, protocol=2))
+
+
+def write_cifar100(root: Path, n: int = 200) -> None:
+    """A few random images in CIFAR-100's own format."""
+    rng = np.random.default_rng(0)
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        data = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        labels = [i % 100 for i in range(n)]
+        (folder / name).write_bytes(pickle.dumps({"data": data, "fine_labels": labels}, protocol=2))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class{i}" for i in range(100)]}, protocol=2))
+
+
+def write_folder(
+    root: Path, sizes=((20, 20),), per_class: int = 6, splits=("train", "test"), classes=("cat", "dog")
+) -> None:
+    """An image folder of random PNGs whose sizes (height, width) go round."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                height, width = sizes[i % len(sizes)]
+                pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i:03d}.png")
+
+
+def write_google_npz(
+    path: Path, *, dim: int, depth: int, heads: int, mlp_dim: int, patch: int, grid: int, classes: int
+) -> None:
+    """Random weights under the names and shapes of Google's files."""
+    rng = np.random.default_rng(0)
+
+    def random(*shape):
+        return (rng.standard_normal(shape, dtype=np.float32) * 0.02).astype(np.float32)
+
+    head = dim // heads
+    arrays = {
+        "cls": random(1, 1, dim),
+        "embedding/kernel": random(patch, patch, 3, dim),
+        "embedding/bias": random(dim),
+        "Transformer/posembed_input/pos_embedding": random(1, 1 + grid * grid, dim),
+        "Transformer/encoder_norm/scale": 1 + random(dim),
+        "Transformer/encoder_norm/bias": random(dim),
+        "pre_logits/kernel": random(dim, dim),
+        "pre_logits/bias": random(dim),
+        "head/kernel": random(dim, classes),
+        "head/bias": random(classes),
+    }
+    for i in range(depth):
+        block = f"Transformer/encoderblock_{i}"
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        for name in ("query", "key", "value"):
+            arrays[f"{attention}/{name}/kernel"] = random(dim, heads, head)
+            arrays[f"{attention}/{name}/bias"] = random(heads, head)
+        arrays[f"{attention}/out/kernel"] = random(heads, head, dim)
+        arrays[f"{attention}/out/bias"] = random(dim)
+        arrays[f"{block}/MlpBlock_3/Dense_0/kernel"] = random(dim, mlp_dim)
+        arrays[f"{block}/MlpBlock_3/Dense_0/bias"] = random(mlp_dim)
+        arrays[f"{block}/MlpBlock_3/Dense_1/kernel"] = random(mlp_dim, dim)
+        arrays[f"{block}/MlpBlock_3/Dense_1/bias"] = random(dim)
+        for norm in ("LayerNorm_0", "LayerNorm_2"):
+            arrays[f"{block}/{norm}/scale"] = 1 + random(dim)
+            arrays[f"{block}/{norm}/bias"] = random(dim)
+    np.savez(path, **arrays)

@@ -1,0 +1,198 @@
+"""Reading weight files: kinds, reports, refusals. Parity with the published implementations is in test_models.py."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from helpers import SIZES, write_google_npz
+
+from models import create_model
+from utils.checkpoint import load_weights, read_file, read_weights, resize_pos_embed, save
+from utils.options import UserError
+
+TINY = dict(patch_size=4, **SIZES)
+
+
+def tiny(**changes):
+    return create_model("ViT-Ti_16", **{**dict(image_size=16, num_classes=10), **TINY, **changes})
+
+
+def message(function, *args) -> str:
+    with pytest.raises(UserError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def npz(tmp_path):
+    path = tmp_path / "weights.npz"
+    write_google_npz(path, **SIZES, patch=4, grid=4, classes=21)
+    return path
+
+
+def test_npz_report_with_another_head_and_grid(npz):
+    model = tiny(image_size=24)
+    report = load_weights(model, npz)
+    assert report.resized == ["pos_embed"]
+    assert report.reinitialised == ["head.weight", "head.bias"]
+    assert report.ignored == ["pre_logits.weight", "pre_logits.bias"]
+    assert len(report.loaded) == len(model.state_dict()) - 3
+    assert not model.head.weight.any() and not model.head.bias.any()
+    assert str(report).startswith(
+        "29 tensors loaded; resized: pos_embed; re-initialised: head.weight, head.bias; ignored: pre_"
+    )
+
+
+def test_bare_nested_and_prefixed_files_are_the_same(tmp_path):
+    source = tiny()
+    state = source.state_dict()
+    forms = [state, {"model": state, "epoch": 3}, {"state_dict": {f"module.{k}": v for k, v in state.items()}}]
+    forms.append({"model": {f"_orig_mod.{k}": v for k, v in state.items()}})
+    for i, form in enumerate(forms):
+        torch.save(form, tmp_path / f"{i}.pth")
+        model = tiny()
+        report = load_weights(model, tmp_path / f"{i}.pth")
+        assert not report.reinitialised and not report.ignored
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    source, model = tiny(), tiny()
+    safetensors.save_file(source.state_dict(), tmp_path / "w.safetensors")
+    load_weights(model, tmp_path / "w.safetensors")
+    assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+    (tmp_path / "bad.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    assert "not a readable .safetensors" in message(load_weights, model, tmp_path / "bad.safetensors")
+
+
+def test_timm_weights_give_timm_logits(tmp_path):
+    timm = pytest.importorskip("timm")
+    sizes = dict(patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=10)
+    other = timm.models.vision_transformer.VisionTransformer(img_size=16, **sizes).eval()
+    torch.save(other.state_dict(), tmp_path / "timm.pth")
+    model = tiny(mlp_dim=128).eval()
+    report = load_weights(model, tmp_path / "timm.pth")
+    assert not report.reinitialised and not report.ignored
+    x = torch.randn(2, 3, 16, 16)
+    assert (model(x) - other(x)).abs().max() < 1e-5
+
+
+def test_distilled_and_classless_position_embeddings(tmp_path):
+    state = tiny().state_dict()
+    distilled = {**state, "pos_embed": torch.randn(1, 18, 32), "dist_token": torch.randn(1, 1, 32)}
+    torch.save(distilled, tmp_path / "deit.pth")
+    model = tiny()
+    assert load_weights(model, tmp_path / "deit.pth").ignored == ["dist_token"]
+    assert torch.equal(model.pos_embed[0, 0], distilled["pos_embed"][0, 0])
+    assert torch.allclose(model.pos_embed[0, 1:], distilled["pos_embed"][0, 2:], atol=1e-6)
+    torch.save({**state, "pos_embed": torch.randn(1, 16, 32)}, tmp_path / "bare.pth")
+    load_weights(model, tmp_path / "bare.pth")
+    assert not model.pos_embed[0, 0].any()
+
+
+def test_resizing_is_bilinear_with_aligned_corners():
+    side, rows, columns = 4, 7, 10
+    pos = torch.randn(1, 1 + side * side, 3, dtype=torch.float64)
+    out = resize_pos_embed(pos, (rows, columns))
+    assert torch.equal(out[:, 0], pos[:, 0])
+    grid = pos[0, 1:].view(side, side, 3).numpy()
+    y, x = np.linspace(0, side - 1, rows), np.linspace(0, side - 1, columns)
+    y0, x0 = np.minimum(y.astype(int), side - 2), np.minimum(x.astype(int), side - 2)
+    wy, wx = (y - y0)[:, None, None], (x - x0)[None, :, None]
+    top = grid[y0][:, x0] * (1 - wx) + grid[y0][:, x0 + 1] * wx
+    bottom = grid[y0 + 1][:, x0] * (1 - wx) + grid[y0 + 1][:, x0 + 1] * wx
+    expected = top * (1 - wy) + bottom * wy
+    assert np.abs(out[0, 1:].view(rows, columns, 3).numpy() - expected).max() < 1e-5
+    with pytest.raises(ValueError, match="8 rows"):
+        resize_pos_embed(torch.zeros(1, 8, 3), (2, 2))
+
+
+def test_non_square_model_loads_a_square_file(npz):
+    model = tiny(image_size=(16, 24))
+    assert load_weights(model, npz).resized == ["pos_embed"]
+    assert model(torch.randn(1, 3, 16, 24)).shape == (1, 10)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_files_of_other_sizes(npz):
+    assert "has 2 blocks, the model 3" in message(load_weights, tiny(depth=3), npz)
+    assert "(64, 32) in the file, (96, 32) in the model" in message(load_weights, tiny(mlp_dim=96), npz)
+    assert "patch_embed.proj.weight is" in message(load_weights, tiny(patch_size=8), npz)
+
+
+def test_unreadable_npz(tmp_path, npz):
+    model = tiny()
+    assert "no such file" in message(load_weights, model, tmp_path / "none.npz")
+    whole = npz.read_bytes()
+    for name, content in {
+        "truncated": whole[:2000],
+        "half": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"hello",
+    }.items():
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(content)
+        assert f"{name}.npz" in message(load_weights, model, path)
+    flipped = bytearray(whole)
+    flipped[5000] ^= 0xFF
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    assert "flipped.npz" in message(load_weights, model, tmp_path / "flipped.npz")
+    np.savez(tmp_path / "pickled.npz", cls=np.array([{"a": 1}], dtype=object))
+    assert "pickled.npz" in message(load_weights, model, tmp_path / "pickled.npz")
+
+
+def test_file_that_matches_next_to_nothing(tmp_path):
+    torch.save(
+        {"conv1.weight": torch.zeros(3), "head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)},
+        tmp_path / "r.pth",
+    )
+    assert "only 0 of 30 tensors" in message(load_weights, tiny(), tmp_path / "r.pth")
+    torch.save({"epoch": 3}, tmp_path / "e.pth")
+    assert "holds no weights" in message(load_weights, tiny(), tmp_path / "e.pth")
+    torch.save([1, 2], tmp_path / "l.pth")
+    assert "holds no weights" in message(load_weights, tiny(), tmp_path / "l.pth")
+
+
+@pytest.mark.parametrize("wrap", [pickle.dumps, None])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, wrap):
+    class Evil:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    path = tmp_path / "evil.bin"
+    if wrap:
+        path.write_bytes(wrap({"model": Evil()}))
+    else:
+        torch.save({"model": Evil()}, path)
+    for read in (read_file, read_weights):
+        text = message(read, path)
+        assert "evil.bin" in text and ("refused" in text or "not a checkpoint" in text)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_checkpoints(tmp_path):
+    path = tmp_path / "c.bin"
+    torch.save(tiny().state_dict(), path)
+    whole = path.read_bytes()
+    for content in (b"", b"x" * 100, whole[:1000], whole[:-200]):
+        path.write_bytes(content)
+        assert "c.bin: not a checkpoint, or damaged" in message(read_file, path)
+
+
+def test_save_replaces_whole_files_only(tmp_path, monkeypatch):
+    path = tmp_path / "c.bin"
+    save(path, {"a": 1})
+
+    def full(obj, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "c.bin: cannot be written" in message(save, path, {"a": 2})
+    monkeypatch.undo()
+    assert read_file(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["c.bin"]

@@ -1,0 +1,318 @@
+"""Save and read checkpoints, and read weight files of other projects.
+
+A run writes `RUN_checkpoint.bin` (best weights and all that eval.py needs) and `RUN_last.bin` (all that resuming
+needs). `load_weights(model, path)` reads any of: Google's `.npz`, this project's and jeonsworld/ViT-pytorch's `.bin`,
+timm's and DeiT's `.pth`, `.safetensors`. Files are data: nothing in them is ever executed.
+"""
+
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from utils.options import UserError
+
+# (pattern, replacement) from the parameter names of jeonsworld/ViT-pytorch and ChaofanTao/RescaleViT to ours.
+JEONSWORLD_NAMES = [
+    (r"^transformer\.embeddings\.position_embeddings$", "pos_embed"),
+    (r"^transformer\.embeddings\.cls_token$", "cls_token"),
+    (r"^transformer\.embeddings\.patch_embeddings\.", "patch_embed.proj."),
+    (r"^transformer\.embeddings\.hybrid_model\.(?:body\.)?", "patch_embed.stem."),
+    (r"^(patch_embed\.stem\..*\.)downsample\.", r"\1conv_proj."),
+    (r"^transformer\.encoder\.encoder_norm\.", "norm."),
+    (r"^transformer\.encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention_norm\.", ".norm1."),
+    (r"\.ffn_norm\.", ".norm2."),
+    (r"\.ffn_addbias\.", ".bias2."),
+    (r"\.addbias\.", ".bias1."),
+    (r"(\.bias[12])\._bias$", r"\1.bias"),
+    (r"(\.bias[12])\.init_mean$", r"\1.mean"),
+    (r"^(blocks\.\d+)\._scale$", r"\1.scale"),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.attn\.out\.", ".attn.proj."),
+]
+# The same from the array names of Google's .npz files.
+GOOGLE_NAMES = [
+    (r"^cls$", "cls_token"),
+    (r"^embedding/", "patch_embed/proj/"),
+    (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoder_norm/", "norm/"),
+    (r"^Transformer/encoderblock_(\d+)/", r"blocks/\1/"),
+    (r"/LayerNorm_0/", "/norm1/"),
+    (r"/LayerNorm_2/", "/norm2/"),
+    (r"/MultiHeadDotProductAttention_1/", "/attn/"),
+    (r"/attn/out/", "/attn/proj/"),
+    (r"/MlpBlock_3/Dense_0/", "/mlp/fc1/"),
+    (r"/MlpBlock_3/Dense_1/", "/mlp/fc2/"),
+    (r"^(conv|gn)_root/", r"patch_embed/stem/root/\1/"),
+    (r"^block(\d)/", r"patch_embed/stem/block\1/"),
+    (r"/(kernel|scale)$", "/weight"),
+]
+
+
+def _rename(name: str, table: list[tuple[str, str]]) -> str:
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _from_google(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Rename the arrays of a Google `.npz` and turn its (in, out) kernels into torch's (out, in)."""
+    state = {}
+    for key, array in arrays.items():
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if key.endswith("/kernel"):
+            if tensor.ndim == 4:
+                tensor = rearrange(tensor, "h w i o -> o i h w")
+            elif re.search(r"/(query|key|value)/kernel$", key):
+                tensor = rearrange(tensor, "d h dh -> (h dh) d")
+            elif tensor.ndim == 3:
+                tensor = rearrange(tensor, "h dh d -> d (h dh)")
+            else:
+                tensor = rearrange(tensor, "i o -> o i")
+        elif key.endswith(("/scale", "/bias")):
+            tensor = tensor.flatten()
+        state[_rename(key, GOOGLE_NAMES).replace("/", ".")] = tensor
+    return state
+
+
+def _fuse_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Join attn.query, attn.key and attn.value into attn.qkv."""
+    fused = {}
+    for name, tensor in state.items():
+        if ".attn.query." in name:
+            parts = [state[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            fused[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+        elif ".attn.key." not in name and ".attn.value." not in name:
+            fused[name] = tensor
+    return fused
+
+
+def _state_dict(obj) -> dict[str, torch.Tensor]:
+    """Find the tensors in what a torch file held: bare, or under `model` or `state_dict`; drop wrappers' prefixes."""
+    for key in ("model", "state_dict"):
+        if isinstance(obj, dict) and isinstance(obj.get(key), dict):
+            obj = obj[key]
+    if not isinstance(obj, dict):
+        return {}
+    tensors = {str(name): value for name, value in obj.items() if isinstance(value, torch.Tensor)}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in tensors.items()}
+
+
+def read_file(path: str | os.PathLike):
+    """Read a torch file (`.bin`, `.pth`) as data; plain containers and tensors only.
+
+    Raises:
+        UserError: missing, damaged, or holding anything that would have to be executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):
+            raise UserError(
+                f"{path}: refused, it holds more than tensors and plain values and could run code"
+            ) from None
+        raise UserError(f"{path}: not a checkpoint, or damaged; download or train it again") from None
+    except Exception as error:  # a damaged file can raise nearly anything in torch.load
+        raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}); get it again") from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+        raise UserError(f"{path}: not a readable .npz file ({error}); download it again") from None
+    except Exception as error:  # zlib.error and struct.error of damaged members
+        raise UserError(f"{path}: damaged .npz file ({error}); download it again") from None
+
+
+def _is_npz(path: Path) -> bool:
+    if path.suffix == ".npz":
+        return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return any(name.endswith(".npy") for name in file.namelist())
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Read a weight file of any supported kind.
+
+    Returns:
+        Tensors under this project's parameter names.
+
+    Raises:
+        UserError: missing, damaged, unsafe, or without weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; put downloaded weights there, or leave the flag out to start from scratch"
+        )
+    if _is_npz(path):
+        state = _from_google(_read_npz(path))
+    elif path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise UserError(f"{path}: reading it needs the package safetensors; pip install safetensors") from None
+        try:
+            state = _state_dict(load_file(path))
+        except Exception as error:  # safetensors' own error class derives from Exception
+            raise UserError(f"{path}: not a readable .safetensors file ({error})") from None
+    else:
+        state = {_rename(name, JEONSWORLD_NAMES): tensor for name, tensor in _state_dict(read_file(path)).items()}
+    if not state:
+        raise UserError(f"{path}: holds no weights")
+    try:
+        return _fuse_qkv(state)
+    except KeyError as error:
+        raise UserError(f"{path}: incomplete, {error} is missing") from None
+
+
+def resize_pos_embed(pos: torch.Tensor, grid: tuple[int, int], prefix: int = 1) -> torch.Tensor:
+    """Resample a position embedding to another grid: bilinear, corners aligned, the class token's row kept.
+
+    Args:
+        pos: (1, p + n, d) of a square grid, n = side * side, with p = 0, 1 or 2 rows for class tokens in front.
+        grid: rows and columns wanted.
+        prefix: rows in front wanted; where `pos` has more, the first are taken; rows that it lacks are zeros.
+
+    Returns:
+        (1, prefix + rows * columns, d)
+
+    Raises:
+        ValueError: `pos` does not belong to a square grid.
+    """
+    for found in (1, 0, 2):
+        side = round(max(0, pos.shape[1] - found) ** 0.5)
+        if side and side * side == pos.shape[1] - found:
+            break
+    else:
+        raise ValueError(f"a position embedding of {pos.shape[1]} rows belongs to no square grid")
+    front, patches = pos[:, : min(found, prefix)], pos[:, found:]
+    if front.shape[1] < prefix:
+        front = torch.cat([front, pos.new_zeros(1, prefix - front.shape[1], pos.shape[2])], dim=1)
+    patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=side)
+    patches = F.interpolate(patches.float(), size=grid, mode="bilinear", align_corners=True).to(pos.dtype)
+    return torch.cat([front, rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
+
+
+@dataclass
+class LoadReport:
+    """Parameter names by what became of them."""
+
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for word in ("resized", "reinitialised", "ignored"):
+            names = getattr(self, word)
+            if names:
+                shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                parts.append(f"{word.replace('reinit', 're-init')}: {shown}")
+        return "; ".join(parts)
+
+
+def _depth(names) -> int:
+    return 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in names) if m), default=-1)
+
+
+def _zero_head(target: dict[str, torch.Tensor]) -> None:
+    for name in target:
+        if name.startswith("head."):
+            target[name] = torch.zeros_like(target[name])
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike) -> LoadReport:
+    """Copy a weight file's tensors into a model of the same sizes.
+
+    The position embedding is resampled to the model's grid; a head of another number of classes starts anew, at zero;
+    what the file lacks keeps its fresh values.
+
+    Args:
+        model: one of `create_model`.
+        path: a file of any kind that `read_weights` reads.
+
+    Returns:
+        What was loaded, resized, re-initialised and left over.
+
+    Raises:
+        UserError: unreadable file, one of another model, or one that matches next to nothing.
+    """
+    state, target, report = read_weights(path), dict(model.state_dict()), LoadReport()
+    if _depth(state) and _depth(state) != _depth(target):
+        raise UserError(f"{path}: has {_depth(state)} blocks, the model {_depth(target)}; another --model_type?")
+    for name, tensor in target.items():
+        value = state.pop(name, None)
+        if value is None:
+            report.reinitialised.append(name)
+        elif name == "pos_embed" and value.ndim == 3 and value.shape[2] == tensor.shape[2]:
+            if value.shape == tensor.shape:
+                report.loaded.append(name)
+            else:
+                prefix = tensor.shape[1] - model.grid[0] * model.grid[1]
+                try:
+                    value = resize_pos_embed(value, model.grid, prefix)
+                except ValueError as error:
+                    raise UserError(f"{path}: {error}") from None
+                report.resized.append(name)
+            target[name] = value
+        elif value.shape == tensor.shape:
+            report.loaded.append(name)
+            target[name] = value
+        elif name.startswith("head."):
+            report.reinitialised.append(name)
+        else:
+            shapes = f"{tuple(value.shape)} in the file, {tuple(tensor.shape)} in the model"
+            raise UserError(f"{path}: {name} is {shapes}; another --model_type, --patch_size or size?")
+    if any(name.startswith("head.") for name in report.reinitialised):
+        _zero_head(target)
+    report.ignored = list(state)
+    # Parameters only: a BatchNorm that starts fresh has more buffers than that.
+    body = {name for name, _ in model.named_parameters() if not name.startswith("head.")}
+    found = len(body.intersection(report.loaded + report.resized))
+    if found < len(body) / 2:
+        raise UserError(f"{path}: only {found} of {len(body)} tensors have names of this model; another kind of file?")
+    model.load_state_dict(target)
+    return report
+
+
+def save(path: str | os.PathLike, obj: dict) -> None:
+    """Write `obj` so that `path` always holds a whole file: to a temporary one, flushed, then renamed.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[-100:]}.", delete=False) as file:
+            try:
+                torch.save(obj, file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}); free some space or choose another --output_dir"
+        ) from None

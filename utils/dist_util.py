@@ -1,0 +1,134 @@
+"""Processes and devices: one process by default, several under torchrun."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from utils.options import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among all; rank 0 writes files and prints."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def _device(wanted: str, index: int) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if wanted == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"GPU {index} is not there, torch sees {torch.cuda.device_count()}; fewer --nproc_per_node?"
+            )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu")
+    return torch.device(wanted)
+
+
+def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = timedelta(minutes=60)) -> Processes:
+    """Choose the device, and join the process group if torchrun's environment is there.
+
+    Args:
+        device: 'auto', 'cpu', 'cuda' or 'mps'.
+        gpu_id: for a single process; under torchrun LOCAL_RANK chooses the GPU.
+        timeout: of every exchange between processes.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Processes(_device(device, gpu_id))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    chosen = _device(device, local_rank)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
+    return Processes(chosen, dist.get_rank(), local_rank, world)
+
+
+def stop() -> None:
+    """Leave the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Add up a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' values; an exchange on the CPU, so that the device need not be waited for."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+@contextlib.contextmanager
+def first_on_each_node(processes: Processes):
+    """Run the body on each node's first process, then on its others: what the first one writes, the others find."""
+    if processes.local_rank:
+        barrier()
+    yield
+    if not processes.local_rank:
+        barrier()
+
+
+def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """The precision that a device can work in, next to what was wanted.
+
+    Args:
+        wanted: 'fp32', 'bf16' or 'fp16'.
+
+    Returns:
+        One of the three, and a remark for the log, empty where it is the wanted one.
+    """
+    if device.type == "cuda":
+        if wanted == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return "fp16", " (this GPU has no bfloat16)"
+    elif wanted == "fp16":
+        capabilities = torch.cpu.get_capabilities()
+        if device.type == "mps" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            return "bf16", " (float16 needs CUDA)"
+        return "fp32", " (float16 needs CUDA, and this CPU has no bfloat16)"
+    return wanted, ""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for the forward pass; nothing for 'fp32'."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def broadcast_model(model: torch.nn.Module) -> None:
+    """Give every process the first one's weights and buffers."""
+    if dist.is_initialized():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)

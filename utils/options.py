@@ -1,0 +1,339 @@
+"""Every flag of train.py and eval.py. Imports no torch, so that --help and a wrong flag are answered at once."""
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+DATASETS = ("cifar10", "cifar100", "fashionmnist", "fashionmnist-mini", "emnist", "caltech101", "imagefolder")
+EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
+
+# --normalize: per-channel (mean, std) of pixels in 0..1.
+NORMALIZE = {
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+# --aug: `scale` is the area range of a random resized crop (ratio 3/4..4/3), `pad` the border of an integer crop.
+AUGS = {
+    "none": dict(interpolation="bilinear"),
+    "flip": dict(flip=True, interpolation="bilinear"),
+    "pad": dict(pad=4, flip=True, interpolation="bilinear"),
+    "crop": dict(scale=(0.05, 1.0), interpolation="bilinear"),
+    "weak": dict(scale=(1.0, 1.0), flip=True, interpolation="bicubic"),
+}
+
+# Flags that may differ between a run and its continuation, as they don't change what is computed.
+NOT_SETTINGS = frozenset(
+    "name output_dir log_dir overwrite validate device gpu_id local_rank num_workers memory_limit eval_batch_size log_every save_every".split()
+)
+
+
+class UserError(ValueError):
+    """A mistake of the user: one line on stderr, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, which suggests the nearest flag and reads `@recipe` files with comments."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        argv, origin = self._expand(sys.argv[1:] if argv is None else argv)
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            where = f" in {origin[unknown[0]]}" if unknown[0] in origin else ""
+            hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
+            self.error(f"unknown argument {unknown[0]!r}{where}{hint}")
+        return args
+
+    def _expand(self, argv: list[str]) -> tuple[list[str], dict[str, str]]:
+        """Put the words of each `@file` in its place; `#` starts a comment there. Also where each word came from."""
+        words, origin = [], {}
+        for word in argv:
+            if not word.startswith("@"):
+                words.append(word)
+                continue
+            try:
+                found = shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+            except OSError as error:
+                near = ", ".join(sorted(str(path) for path in Path(word[1:]).parent.glob("*.args")))
+                self.error(f"recipe {word[1:]}: {error.strerror}" + (f"; there are {near}" if near else ""))
+            except ValueError as error:  # an unclosed quote, or not text
+                self.error(f"recipe {word[1:]}: {error}")
+            words += found
+            origin.update(dict.fromkeys(found, word[1:]))
+        return words, origin
+
+
+class Replaces(argparse.Action):
+    """Store a value and clear another flag's (`const`), of which the last given counts: --epochs and --num_steps."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        setattr(namespace, self.const, None)
+
+
+def _number(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False):
+    """A type for argparse: a number of `kind` within [low, high], or (low, high] when `open_low`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if value != value or (low is not None and (value < low or open_low and value == low)):
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text} is above {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive_int = _number(int, 1)
+count = _number(int, 0)
+positive = _number(float, 0, open_low=True)
+non_negative = _number(float, 0)
+fraction = _number(float, 0, 1)
+rate = _number(float, 0, 0.999)
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+# One line a flag.
+# fmt: off
+
+
+def _add_device_flags(group) -> None:
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes the GPU if any [auto]")
+    group.add_argument("--gpu_id", type=count, default=0, help="which GPU, for one process; torchrun's LOCAL_RANK otherwise [0]")
+    group.add_argument("--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that decode a set too large for memory [4, or the cores]")
+    group.add_argument("--memory_limit", type=non_negative, default=2.0, metavar="GIB", help="image folders up to this size as uint8 are kept in memory, larger ones are streamed [2]")
+    group.add_argument("--eval_batch_size", type=positive_int, default=None, help="images per forward pass in evaluation, per process [256]")
+
+
+def _add_data_flags(group, dataset: str | None) -> None:
+    group.add_argument("--dataset", choices=DATASETS, default=dataset, help="fashionmnist-mini is in the repository [%(default)s]")
+    group.add_argument("--data_dir", "--data_path", "--data_location", default=None if dataset is None else "data", help="where data sets are looked for and downloaded to; for imagefolder the folder that holds train/ and val/ or test/ [data]")
+    group.add_argument("--emnist_split", choices=EMNIST_SPLITS, default=None if dataset is None else "mnist", help="[mnist]")
+
+
+def train_parser(model_types, norm_types) -> Parser:
+    """The parser of train.py.
+
+    Args:
+        model_types: choices of --model_type.
+        norm_types: choices of --norm_type.
+    """
+    p = Parser(
+        prog="train.py",
+        description="Train, fine-tune or validate one Vision Transformer on one data set.\n\n"
+        "  python train.py @recipes/demo.args                       flags from a file, more may follow\n"
+        "  python train.py --name c10 --dataset cifar10 --model_type ViT-B_32 --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz\n"
+        "  torchrun --nproc_per_node 2 train.py ...                 several GPUs, or processes on CPU",
+        epilog="Results: output/RUN.txt, .jsonl, _checkpoint.bin (best) and _last.bin (to continue); logs/RUN for TensorBoard.\nThe same command again continues an unfinished run and leaves a finished one alone.",
+    )
+    g = p.add_argument_group("run")
+    g.add_argument("--name", required=True, help="begins the run id {name}_{model_type}_norm_{norm_type}_fp_{True|False}_img_{size}_pretrain_{T|F}[_seed_N]")
+    g.add_argument("--output_dir", default="output", help="for logs and checkpoints [output]")
+    g.add_argument("--log_dir", default="logs", help="for TensorBoard [logs]")
+    g.add_argument("--overwrite", action="store_true", help="delete this run's files and start anew")
+    g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=boolean, metavar="true", help="only evaluate --load_model_dir on the test set; writes nothing")
+    g.add_argument("--seed", type=count, default=42, help="every random choice is a function of (seed, step) [42]")
+    g.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="accepted for old launchers; torchrun's LOCAL_RANK counts")
+    _add_device_flags(g)
+
+    g = p.add_argument_group("data")
+    _add_data_flags(g, "cifar10")
+    g.add_argument("--val_fraction", type=rate, default=0.0, help="part of the training images held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do [0]")
+    g.add_argument("--img_size", type=positive_int, default=224, help="side in pixels that images are resized to [224]")
+    g.add_argument("--normalize", choices=NORMALIZE, default="half", help="mean and std of the pixels [half: to -1..1]")
+    g.add_argument("--mean", type=float, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
+    g.add_argument("--std", type=positive, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
+
+    g = p.add_argument_group("augmentation")
+    g.add_argument("--aug", choices=AUGS, default="crop", help="none; flip; pad: 4 pixels, crop back, flip; crop: random resized crop; weak: crop of the whole area at another ratio, flip [crop]")
+    g.add_argument("--scale", type=_number(float, 0, 1, open_low=True), nargs=2, default=None, metavar=("LO", "HI"), help="area of the random resized crop, of the image [0.05 1 for crop]")
+    g.add_argument("--interpolation", choices=["bilinear", "bicubic"], default=None, help="[bicubic for weak, else bilinear]")
+    g.add_argument("--crop_pct", type=_number(float, 0, 1, open_low=True), default=1.0, help="evaluation resizes the short side to img_size / crop_pct and cuts the centre; 1 takes the whole image, stretched to a square [1]")
+
+    g = p.add_argument_group("model")
+    g.add_argument("--model_type", "--model", choices=model_types, default="ViT-B_16", metavar="TYPE", help=f"one of {' '.join(model_types)} [ViT-B_16]")
+    g.add_argument("--norm_type", choices=norm_types, default="LN", help="[LN]")
+    for name, text in (("patch_size", "pixels"), ("dim", "width"), ("depth", "blocks"), ("heads", "attention heads"), ("mlp_dim", "hidden width of the MLPs")):
+        g.add_argument(f"--{name}", type=positive_int, default=None, help=f"{text}, instead of the model type's")
+    g.add_argument("--dropout", type=rate, default=None, help="after the embeddings and both MLP layers [the model's: 0.1 for ViT]")
+    g.add_argument("--attn_drop", type=rate, default=0.0, help="dropout of attention weights [0]")
+    g.add_argument("--drop_path", type=rate, default=0.0, help="stochastic depth of the last block [0]")
+    g.add_argument("--pretrained_dir", default=None, metavar="FILE", help="weights to fine-tune from (.npz, .bin, .pth, .safetensors); a head of other classes starts at zero")
+    g.add_argument("--load_model_dir", default=None, metavar="FILE", help="weights, head included, to evaluate (-v) or to continue training from")
+
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--opt", choices=["sgd", "adamw"], default="sgd", help="sgd has momentum 0.9 [sgd]")
+    g.add_argument("--num_steps", action=Replaces, const="epochs", type=positive_int, default=10000, help="updates [10000]; of --num_steps and --epochs the last one given counts")
+    g.add_argument("--epochs", action=Replaces, const="num_steps", type=positive, default=None, help="passes over the training images, instead of --num_steps")
+    g.add_argument("--train_batch_size", "--batch_size", type=positive_int, default=512, help="images of one update, over all processes and accumulation steps [512]")
+    g.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per update and process; the update stays that of the whole batch [1]")
+    g.add_argument("--learning_rate", "--lr", action=Replaces, const="blr", type=positive, default=None, help="highest learning rate [0.03 for sgd, 0.001 for adamw]")
+    g.add_argument("--blr", action=Replaces, const="learning_rate", type=positive, default=None, help="learning rate at batch 256; in force is blr x train_batch_size / 256")
+    g.add_argument("--min_lr", type=non_negative, default=0.0, help="learning rate after the last step [0]")
+    g.add_argument("--warmup_lr", type=non_negative, default=0.0, help="learning rate that the warm-up rises from [0]")
+    g.add_argument("--warmup_steps", action=Replaces, const="warmup_epochs", type=count, default=None, help="steps of linear warm-up [500, or a tenth of a run of 500 steps or fewer]")
+    g.add_argument("--warmup_epochs", action=Replaces, const="warmup_steps", type=non_negative, default=None, help="the same in epochs, instead of --warmup_steps")
+    g.add_argument("--decay_type", choices=["cosine", "linear"], default="cosine", help="after the warm-up [cosine]")
+    g.add_argument("--weight_decay", type=non_negative, default=0.0, help="on every parameter [0]")
+    g.add_argument("--max_grad_norm", type=non_negative, default=1.0, help="gradients are clipped to this norm; 0 turns it off [1]")
+    g.add_argument("--smoothing", "--label_smoothing", type=rate, default=0.0, help="label smoothing [0]")
+
+    g = p.add_argument_group("precision and speed")
+    g.add_argument("--fp16", action="store_true", help="mixed precision: float16 with a gradient scaler on CUDA; elsewhere bfloat16, which a line says")
+    g.add_argument("--bf16", action="store_true", help="mixed precision: bfloat16, no scaler needed")
+    g.add_argument("--fp16_opt_level", choices=["O0", "O1", "O2", "O3"], default="O2", help="Apex's levels: O0 is float32; O1, O2 and O3 all mean torch.amp here [O2]")
+    g.add_argument("--loss_scale", type=non_negative, default=0.0, help="of float16: 0 adapts it, another value stays fixed [0]")
+    g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
+
+    g = p.add_argument_group("logging")
+    g.add_argument("--eval_every", type=positive_int, default=100, help="steps between evaluations; the last step is always evaluated [100]")
+    g.add_argument("--save_every", type=count, default=0, help="steps between saves of _last.bin besides those at evaluations and every 5 minutes; 0 for none [0]")
+    g.add_argument("--log_every", type=positive_int, default=10, help="steps between training scalars in TensorBoard [10]")
+    return p
+
+
+# fmt: on
+
+
+def parse_train_args(argv: list[str] | None, model_types, norm_types, check_sizes) -> argparse.Namespace:
+    """Parse and check what can be checked without data or torch. Exits with status 2 and one line on a mistake.
+
+    Args:
+        argv: words of the command line, None for those of this process.
+        model_types, norm_types: choices.
+        check_sizes: called with the arguments of `create_model`; raises ValueError at sizes that don't fit.
+    """
+    parser = train_parser(model_types, norm_types)
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+        check_sizes(**model_config(args))
+    except ValueError as error:
+        parser.error(str(error))
+    args.fp16 = args.fp16 and args.fp16_opt_level != "O0"
+    if (args.learning_rate, args.blr) == (None, None):
+        args.learning_rate = 0.03 if args.opt == "sgd" else 0.001
+    if args.blr is not None:
+        args.learning_rate = args.blr * args.train_batch_size / 256
+    args.eval_batch_size = args.eval_batch_size or 256
+    preset = AUGS[args.aug]
+    args.flip, args.pad = preset.get("flip", False), preset.get("pad", 0)
+    args.scale = list(args.scale or preset["scale"]) if "scale" in preset else None
+    args.interpolation = args.interpolation or preset["interpolation"]
+    if args.mean is None:
+        args.mean, args.std = NORMALIZE[args.normalize]
+    args.mean, args.std = list(args.mean), list(args.std)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict one another.
+
+    Raises:
+        UserError: with the value and the way out.
+    """
+    if not args.name or args.name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in args.name):
+        raise UserError(f"--name {args.name!r} must be usable as a file name: no slash, no leading dot")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    parts = args.gradient_accumulation_steps * processes
+    if args.train_batch_size % parts:
+        factors = f"{args.gradient_accumulation_steps} accumulation steps x {processes} processes"
+        raise UserError(f"--train_batch_size {args.train_batch_size} is not divisible by {parts} ({factors})")
+    if (args.mean is None) != (args.std is None):
+        raise UserError("--mean and --std go together")
+    if args.scale and args.scale[0] > args.scale[1]:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the first is above the second")
+    if args.scale and "scale" not in AUGS[args.aug]:
+        raise UserError(f"--scale has no meaning with --aug {args.aug}; use --aug crop or weak")
+    if args.fp16 and args.bf16:
+        raise UserError("--fp16 and --bf16 exclude each other")
+    if args.pretrained_dir and args.load_model_dir:
+        raise UserError("--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
+    if args.validate and not args.load_model_dir:
+        raise UserError("-v evaluates --load_model_dir FILE, which is missing")
+    for path in (args.pretrained_dir, args.load_model_dir):
+        if path and not os.path.isfile(path):
+            raise UserError(
+                f"{path}: no such file; put downloaded weights there, or leave the flag out to start from scratch"
+            )
+    if args.num_steps and args.warmup_steps is not None:
+        check_warmup(args.warmup_steps, args.num_steps)
+
+
+def check_warmup(warmup_steps: int, num_steps: int) -> None:
+    if warmup_steps >= num_steps:
+        raise UserError(
+            f"the warm-up of {warmup_steps} steps is not shorter than the run of {num_steps}; lower --warmup_steps"
+        )
+
+
+def resolve_steps(args: argparse.Namespace, images: int) -> None:
+    """Fill in num_steps, epochs and warmup_steps now that the number of training images is known.
+
+    Raises:
+        UserError: the warm-up is not shorter than the run.
+    """
+    per_epoch = images / args.train_batch_size
+    if args.num_steps is None:
+        args.num_steps = max(1, round(args.epochs * per_epoch))
+    args.epochs = args.num_steps / per_epoch
+    if args.warmup_epochs is not None:
+        args.warmup_steps = round(args.warmup_epochs * per_epoch)
+    elif args.warmup_steps is None:
+        args.warmup_steps = 500 if args.num_steps > 500 else args.num_steps // 10
+    check_warmup(args.warmup_steps, args.num_steps)
+
+
+def run_id(args: argparse.Namespace) -> str:
+    """The name of a run's files."""
+    pretrained = "T" if args.pretrained_dir or args.load_model_dir else "F"
+    seed = "" if args.seed == 42 else f"_seed_{args.seed}"
+    precision = args.fp16 or args.bf16
+    return f"{args.name}_{args.model_type}_norm_{args.norm_type}_fp_{precision}_img_{args.img_size}_pretrain_{pretrained}{seed}"
+
+
+def model_config(args: argparse.Namespace) -> dict:
+    """Arguments of `create_model` that the flags ask for; `num_classes` comes with the data."""
+    names = ("patch_size", "dim", "depth", "heads", "mlp_dim", "dropout", "attn_drop", "drop_path")
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return dict(model_type=args.model_type, norm_type=args.norm_type, image_size=args.img_size, **overrides)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The flags that decide what a run computes."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+
+
+def eval_parser() -> Parser:
+    """The parser of eval.py."""
+    p = Parser(
+        prog="eval.py",
+        description="Evaluate a checkpoint, or classify single images with it. Everything is rebuilt from the checkpoint.\n\n  python eval.py output/RUN_checkpoint.bin\n  python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png",
+    )
+    p.add_argument("checkpoint", help="RUN_checkpoint.bin or RUN_last.bin of train.py")
+    p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set")
+    p.add_argument("--top", type=positive_int, default=5, help="classes shown per image [5]")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.add_argument("--output_dir", default=None, help="for the confusion matrix [the checkpoint's folder]")
+    _add_data_flags(p, None)
+    _add_device_flags(p)
+    return p
