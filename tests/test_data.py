@@ -1,0 +1,307 @@
+"""Data sets: formats, image folders, cache, streaming, splits."""
+
+import gzip
+import pickle
+import shutil
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_cifar10, write_cifar100, write_folder
+from PIL import Image
+
+from utils import readers
+from utils.augment import Augment
+from utils.data_utils import eval_batches, load_data, train_batches
+from utils.options import UserError
+from utils.readers import MINI, Files, Ragged, Uniform
+
+CPU = torch.device("cpu")
+HALF = ([0.5] * 3, [0.5] * 3)
+
+
+def flags(**changes) -> Namespace:
+    defaults = dict(
+        dataset="imagefolder", data_dir="data", emnist_split="mnist", val_fraction=0.0, seed=42, memory_limit=2.0
+    )
+    return Namespace(**{**defaults, **changes})
+
+
+def no_network(monkeypatch):
+    """torchvision's downloads fail as they do without a network."""
+
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+
+
+def test_mini_is_the_beginning_of_fashion_mnist():
+    data = load_data(flags(dataset="fashionmnist-mini"))
+    assert len(data.train) == 10_000 and len(data.test) == 2_000 and data.valid is data.test
+    assert data.classes[9] == "Ankle boot" and data.selected_on == "test"
+    assert data.train.labels[:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]  # as published
+    assert data.train.source.images.shape == (10_000, 1, 28, 28)
+    assert data.train.source.images[0].sum() == 76247
+
+
+def test_fashion_mnist_gzipped_or_not(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    shutil.copytree(MINI, raw)
+    packed = load_data(flags(dataset="fashionmnist", data_dir=tmp_path))
+    for path in raw.glob("*.gz"):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    unpacked = load_data(flags(dataset="fashionmnist", data_dir=tmp_path))
+    assert torch.equal(packed.train.source.images, unpacked.train.source.images)
+    assert torch.equal(packed.test.labels, unpacked.test.labels)
+
+
+def test_emnist_letters_begin_at_zero(tmp_path):
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "test"):
+        images = (2051).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in (26, 28, 28)) + bytes(26 * 784)
+        labels = (2049).to_bytes(4, "big") + (26).to_bytes(4, "big") + bytes(range(1, 27))
+        (raw / f"emnist-letters-{split}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"emnist-letters-{split}-labels-idx1-ubyte").write_bytes(labels)
+    data = load_data(flags(dataset="emnist", emnist_split="letters", data_dir=tmp_path))
+    assert data.classes[0] == "a" and len(data.classes) == 26
+    assert data.train.labels.tolist() == list(range(26))
+
+
+def test_cifar_in_its_own_format(tmp_path):
+    write_cifar10(tmp_path)
+    write_cifar100(tmp_path)
+    ten = load_data(flags(dataset="cifar10", data_dir=tmp_path))
+    hundred = load_data(flags(dataset="cifar100", data_dir=tmp_path))
+    assert ten.train.source.images.shape == (300, 3, 32, 32) and len(ten.test) == 60
+    assert ten.classes[3] == "class3" and len(hundred.classes) == 100 and len(hundred.train) == 200
+    with open(tmp_path / "cifar-10-batches-py" / "data_batch_2", "rb") as file:
+        pixels = pickle.load(file)["data"]
+    assert ten.train.source.images[60].flatten().tolist() == pixels[0].tolist()
+
+
+def test_cifar_pickle_with_code_is_refused(tmp_path):
+    write_cifar10(tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="test_batch.*refused"):
+        load_data(flags(dataset="cifar10", data_dir=tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_set_without_network_says_which_file(tmp_path, monkeypatch):
+    no_network(monkeypatch)
+    for dataset, file in [
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("fashionmnist", "FashionMNIST/raw"),
+        ("emnist", "gzip.zip"),
+    ]:
+        with pytest.raises(UserError) as error:
+            load_data(flags(dataset=dataset, data_dir=tmp_path))
+        assert file in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_truncated_idx(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    shutil.copytree(MINI, raw)
+    path = raw / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: damaged"):
+        load_data(flags(dataset="fashionmnist", data_dir=tmp_path))
+
+
+def test_caltech_split_is_by_class(tmp_path):
+    write_folder(
+        tmp_path / "caltech101",
+        sizes=[(30, 20), (20, 25)],
+        per_class=11,
+        splits=["101_ObjectCategories"],
+        classes=["ant", "bee", "BACKGROUND_Google"],
+    )
+    data = load_data(flags(dataset="caltech101", data_dir=tmp_path))
+    assert data.classes == ["ant", "bee"] and isinstance(data.train.source, Ragged)
+    assert len(data.train) == 18 and data.test.labels.tolist() == [0, 0, 1, 1]
+    assert not set(data.train.ids.tolist()) & set(data.test.ids.tolist())
+
+
+# ---------------------------------------------------------------- image folders
+
+
+def pixels_of(path) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("sizes, kind", [([(20, 20)], Uniform), ([(20, 30), (25, 16), (8, 8)], Ragged)])
+def test_folder_in_memory(tmp_path, sizes, kind):
+    write_folder(tmp_path, sizes)
+    data = load_data(flags(data_dir=tmp_path))
+    assert data.classes == ["cat", "dog"] and isinstance(data.train.source, kind)
+    assert data.train.labels.tolist() == [0] * 6 + [1] * 6
+    batch = data.train.source.take(torch.tensor([7, 2]))
+    for image, name in zip(batch, ["dog/001.png", "cat/002.png"], strict=True):
+        expected = pixels_of(tmp_path / "train" / name)
+        h, w = expected.shape[1:]
+        assert torch.equal(image[:, :h, :w], expected)
+        assert not image[:, h:].any() and not image[:, :, w:].any()
+
+
+def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    first = load_data(flags(data_dir=tmp_path))
+    monkeypatch.setattr(readers, "read_image", lambda path: pytest.fail("decoded in spite of the cache"))
+    again = load_data(flags(data_dir=tmp_path))
+    assert torch.equal(first.train.source.images, again.train.source.images)
+    monkeypatch.undo()
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "train" / "cat" / "000.png")
+    changed = load_data(flags(data_dir=tmp_path))
+    assert changed.train.source.images[0, :, 0, 0].tolist() == [1, 2, 3]
+    (tmp_path / "train.cache.npz").write_bytes(b"PK damaged")
+    assert torch.equal(load_data(flags(data_dir=tmp_path)).train.source.images, changed.train.source.images)
+
+
+@pytest.mark.parametrize("aug", [dict(scale=(0.2, 1.0), flip=True), dict()])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_streaming_gives_the_images_of_memory(tmp_path, aug, num_workers):
+    write_folder(tmp_path, [(20, 30), (25, 16), (40, 40)])
+    augment = Augment(16, *HALF, interpolation="bicubic", **aug)
+    batches = []
+    for limit in (2.0, 0.0):
+        data = load_data(flags(data_dir=tmp_path, memory_limit=limit))
+        loop = train_batches(
+            data.train,
+            augment,
+            seed=1,
+            start=2,
+            stop=4,
+            batch_size=8,
+            accumulation=2,
+            device=CPU,
+            num_workers=num_workers,
+        )
+        batches.append(list(loop))
+    assert isinstance(data.train.source, Files) and len(batches[0]) == 4
+    for (a, labels), (b, other) in zip(*batches, strict=True):
+        assert torch.equal(labels, other)
+        assert (a - b).abs().max() < 2.1 / 127.5  # the streamed image is rounded to uint8 after each of two passes
+
+
+def test_processes_and_accumulation_share_one_batch():
+    data = load_data(flags(dataset="fashionmnist-mini")).train
+    augment = Augment(28, *HALF, scale=(0.05, 1.0), flip=True)
+
+    def images(rank=0, world=1, accumulation=1):
+        loop = train_batches(
+            data,
+            augment,
+            seed=3,
+            start=5,
+            stop=6,
+            batch_size=16,
+            accumulation=accumulation,
+            rank=rank,
+            world=world,
+            device=CPU,
+        )
+        return torch.cat([batch for batch, _ in loop])
+
+    whole = images()
+    assert torch.equal(whole, images(accumulation=4))
+    assert torch.equal(whole, torch.cat([images(rank, 4, 2) for rank in range(4)]))
+
+
+def test_evaluation_sees_every_image_once():
+    data = load_data(flags(dataset="fashionmnist-mini")).test.part(torch.arange(103))
+    augment = Augment(28, *HALF)
+    whole = torch.cat([images for images, _ in eval_batches(data, augment, batch_size=32, device=CPU)])
+    assert len(whole) == 103
+    parts = [
+        torch.cat([x for x, _ in eval_batches(data, augment, batch_size=32, rank=r, world=4, device=CPU)])
+        for r in range(4)
+    ]
+    assert sum(map(len, parts)) == 103
+    for rank, part in enumerate(parts):
+        assert torch.equal(part, whole[rank::4])
+
+
+def test_val_fraction_and_val_folder(tmp_path):
+    data = load_data(flags(dataset="fashionmnist-mini", val_fraction=0.1))
+    assert (len(data.train), len(data.valid), len(data.test)) == (9000, 1000, 2000) and data.selected_on == "val"
+    assert sorted(data.train.ids.tolist() + data.valid.ids.tolist()) == list(range(10_000))
+    write_folder(tmp_path, splits=["train", "val", "test"])
+    data = load_data(flags(data_dir=tmp_path))
+    assert data.selected_on == "val" and data.valid is not data.test
+    shutil.rmtree(tmp_path / "test")
+    data = load_data(flags(data_dir=tmp_path))
+    assert data.selected_on == "test" and data.valid is data.test
+
+
+@pytest.mark.parametrize(
+    "mode, value, expected",
+    [
+        ("I;16", 65535, 255),
+        ("I;16", 257 * 7, 7),
+        ("CMYK", None, None),
+        ("LA", None, None),
+        ("P", None, None),
+        ("1", None, None),
+    ],
+)
+def test_image_modes(tmp_path, mode, value, expected):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image = Image.fromarray(np.full((4, 5), value, dtype=np.uint16)) if value else Image.new(mode, (5, 4))
+    image.save(path)
+    rgb = readers.read_image(path)
+    assert rgb.mode == "RGB" and rgb.size == (5, 4)
+    if expected:
+        assert rgb.getpixel((0, 0)) == (expected,) * 3
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_folder_mistakes(tmp_path):
+    def message(**changes) -> str:
+        with pytest.raises(UserError) as error:
+            load_data(flags(data_dir=tmp_path, **changes))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "has no train/" in message()
+    write_folder(tmp_path, splits=["train"])
+    assert "has no val/ or test/" in message()
+    (tmp_path / "test").mkdir()
+    assert "no class folders" in message()
+    write_folder(tmp_path, splits=["val"], classes=["cat", "horse"])
+    assert "class 'horse' is not among the 2 known: cat, dog" in message()
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "test" / "cat").mkdir()
+    assert "test/cat: no images" in message()
+    Image.new("RGB", (20, 20)).save(tmp_path / "test" / "cat" / "a.png")
+    load_data(flags(data_dir=tmp_path))
+    with pytest.raises(UserError, match="class 'cat' is not among the 1 known: ship"):
+        load_data(flags(data_dir=tmp_path), train=False, classes=["ship"])
+    with pytest.raises(UserError, match="no such folder"):
+        load_data(flags(data_dir=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
+@pytest.mark.parametrize("memory_limit, num_workers", [(2.0, 0), (0.0, 0), (0.0, 1)])
+def test_broken_image_is_named(tmp_path, damage, memory_limit, num_workers):
+    write_folder(tmp_path)
+    path = tmp_path / "train" / "dog" / "003.png"
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"no image", "truncated": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(UserError, match="dog/003.png: not a readable image.*mend or remove it$"):
+        data = load_data(flags(data_dir=tmp_path, memory_limit=memory_limit))
+        augment = Augment(16, *HALF)
+        loop = train_batches(
+            data.train, augment, seed=0, start=0, stop=1, batch_size=12, device=CPU, num_workers=num_workers
+        )
+        list(loop)

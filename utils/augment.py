@@ -1,0 +1,367 @@
+"""Batched augmentation on the device: uint8 images in, normalised float images out, every image its own parameters.
+
+What is random is drawn on the CPU from a generator that the caller seeds with (seed, step), so that the same images
+come out on any device and for any number of processes. A crop, a flip and the resize are one pair of matrix products
+an image: `rows @ image @ columns^T`, where a row of `rows` holds the antialiased weights of one output line.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from utils import randaugment
+
+RATIO = (3 / 4, 4 / 3)  # width / height of random crops
+ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's RandomErasing
+
+
+def _draw_boxes(
+    sizes: torch.Tensor, scale: tuple[float, float], ratio: tuple[float, float], room: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes of random area and ratio at a random place: the first of ten tries that leaves `room` pixels in each side.
+
+    Returns:
+        (b, 4) float64 top, left, height, width, and (b, 1) bool, whether a try did fit.
+    """
+    height, width = (side.double()[:, None] for side in sizes.unbind(1))
+    b, tries = len(sizes), 10
+    area = height * width * torch.empty(b, tries, dtype=torch.float64).uniform_(*scale, generator=generator)
+    log_ratio = torch.empty(b, tries, dtype=torch.float64).uniform_(*map(math.log, ratio), generator=generator)
+    corner = torch.rand(b, 2, dtype=torch.float64, generator=generator)
+    w = (area * log_ratio.exp()).sqrt().round()
+    h = (area / log_ratio.exp()).sqrt().round()
+    fits = (w > 0) & (w <= width - room) & (h > 0) & (h <= height - room)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    h, w = h.gather(1, first), w.gather(1, first)
+    top, left = (corner[:, :1] * (height - h + 1)).floor(), (corner[:, 1:] * (width - w + 1)).floor()
+    return torch.cat([top, left, h, w], dim=1), fits.any(dim=1, keepdim=True)
+
+
+def random_resized_boxes(sizes: torch.Tensor, scale: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
+    """Boxes of random resized crops, drawn as torchvision's RandomResizedCrop does: ten tries, then a central crop.
+
+    Args:
+        sizes: (b, 2) heights and widths.
+        scale: range of the area, as a fraction of the image.
+        generator: on the CPU.
+
+    Returns:
+        (b, 4) int64: top, left, height, width.
+    """
+    boxes, found = _draw_boxes(sizes, scale, RATIO, 0, generator)
+    height, width = (side.double() for side in sizes.unbind(1))
+    h = torch.minimum(height, (width / RATIO[0]).round())
+    w = torch.minimum(width, (height * RATIO[1]).round())
+    central = torch.stack([((height - h) / 2).floor(), ((width - w) / 2).floor(), h, w], dim=1)
+    return torch.where(found, boxes, central).long()
+
+
+def central_boxes(sizes: torch.Tensor, crop_pct: float) -> torch.Tensor:
+    """Boxes of evaluation, (b, 4): the whole image for 1, else the central square of crop_pct x the short side."""
+    whole = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
+    if crop_pct == 1.0:
+        return whole
+    side = (sizes.min(dim=1, keepdim=True).values * crop_pct).round().long().expand(-1, 2)
+    return torch.cat([(sizes - side) // 2, side], dim=1)
+
+
+def _filter(x: torch.Tensor, interpolation: str) -> torch.Tensor:
+    """The triangle (bilinear), or Keys' cubic with a = -1/2 that Pillow and torchvision's antialiased resize use."""
+    x = x.abs()
+    if interpolation == "bilinear":
+        return (1 - x).clamp_(min=0)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_size: int, interpolation: str):
+    """Weights that resample the interval [start, start + length) of a line to `out_size` pixels, antialiased.
+
+    Args:
+        start, length: (b,) in pixels, inside the line.
+        in_size: pixels of the line.
+        out_size: pixels wanted.
+        interpolation: 'bilinear' or 'bicubic'.
+
+    Returns:
+        (b, out_size, in_size) float32, rows that sum to 1 and are zero outside the interval.
+    """
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    scale = length / out_size
+    pixel = torch.arange(in_size, device=start.device) + 0.5
+    centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale
+    weights = _filter((pixel - centre) / scale.clamp(min=1), interpolation)
+    weights = weights * ((pixel > start) & (pixel < start + length))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def crop_flip_resize(
+    images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor | None, size: int, interpolation: str
+) -> torch.Tensor:
+    """Cut each image's box, mirror it where `flips`, and resize it to `size` x `size`, antialiased.
+
+    Args:
+        images: (b, c, h, w), 0..255.
+        boxes: (b, 4) top, left, height, width.
+        flips: (b,) bool, or None.
+
+    Returns:
+        (b, c, size, size) float32, about 0..255 (bicubic overshoots are cut off there).
+    """
+    top, left, height, width = boxes.unbind(1)
+    rows = resize_weights(top, height, images.shape[2], size, interpolation)
+    columns = resize_weights(left, width, images.shape[3], size, interpolation)
+    if flips is not None:
+        columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    x = images.float() @ rearrange(columns, "b o i -> b 1 i o")
+    if interpolation == "bilinear":
+        return rows[:, None] @ x
+    return (rows[:, None] @ x.clamp_(0, 255)).clamp_(
+        0, 255
+    )  # the cubic overshoots; Pillow cuts off after each pass too
+
+
+def shift(images: torch.Tensor, offsets: torch.Tensor, pad: int) -> torch.Tensor:
+    """Pad with black by `pad` pixels and cut the native size back out at each image's (row, column) offset."""
+    b, c, h, w = images.shape
+    padded = F.pad(images, (pad, pad, pad, pad))
+    image = torch.arange(b, device=images.device)[:, None, None, None]
+    channel = torch.arange(c, device=images.device)[:, None, None]
+    row = (offsets[:, :1] + torch.arange(h, device=images.device))[:, None, :, None]
+    column = (offsets[:, 1:] + torch.arange(w, device=images.device))[:, None, None, :]
+    return padded[image, channel, row, column]
+
+
+def rotate(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
+    """Turn square images (b, c, s, s) float around their centres, bilinear; what comes in from outside is mirrored."""
+    place = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
+    cos, sin = (each[:, None, None] for each in (torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()))
+    x, y = place, place[:, None]
+    grid = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def inside(boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """Which of size x size pixels lie in boxes (b, 4) of top, left, height, width: (b, 1, size, size) bool."""
+    place = torch.arange(size, device=boxes.device)
+    top, left, height, width = boxes[:, None].unbind(2)  # (b, 1)
+    rows = (place >= top) & (place < top + height)
+    columns = (place >= left) & (place < left + width)
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+class Augment:
+    """One --aug pipeline: `draw` the parameters of a batch, then call it with images and parameters.
+
+    Args:
+        size: side of the output in pixels.
+        mean, std: three numbers each, of pixels in 0..1.
+        interpolation: 'bilinear' or 'bicubic'.
+        scale: area range of a random resized crop, or None.
+        flip: mirror every other image at random.
+        pad: border of a random integer crop at native size, or 0.
+        rotation: images are turned by up to so many degrees either way, after the crop; 0 for none.
+        operations: 'randaugment' or 'jitter' (see utils/randaugment.py), or None; after the crop, on whole levels.
+        aug_prob: of 'jitter', when training begins; it falls to 0 as half a cosine.
+        reprob: of random erasing, one box filled with normal noise after normalisation (arXiv 1708.04896).
+        crop_pct: central part of the short side to take where nothing is random, 1 for the whole image.
+        device: of the images.
+    """
+
+    NOISE = 2**20  # numbers in the table that erased boxes are filled from
+
+    def __init__(
+        self,
+        size: int,
+        mean: list[float],
+        std: list[float],
+        *,
+        interpolation: str = "bilinear",
+        scale: tuple[float, float] | None = None,
+        flip: bool = False,
+        pad: int = 0,
+        rotation: float = 0.0,
+        operations: str | None = None,
+        aug_prob: float = 0.0,
+        reprob: float = 0.0,
+        crop_pct: float = 1.0,
+        device: torch.device | str = "cpu",
+    ):
+        self.size, self.interpolation, self.crop_pct = size, interpolation, crop_pct
+        self.scale, self.flip, self.pad = scale, flip, pad
+        self.rotation, self.operations, self.aug_prob, self.reprob = rotation, operations, aug_prob, reprob
+        if operations not in (None, "randaugment", "jitter"):
+            raise ValueError(f"operations {operations!r} is neither 'randaugment' nor 'jitter'")
+        fill = [min(255, round(255 * value)) for value in mean]  # as timm's create_transform does
+        self.fill = torch.tensor(fill, dtype=torch.uint8, device=device)
+        if reprob:
+            count = max(self.NOISE, 4 * 3 * size**2)
+            noise = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device)
+            self.noise = noise.unfold(0, 3 * size**2, 1)  # one image's noise from each place on, a view
+        mean, std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (mean, std))
+        self.factor, self.bias = 1 / (255 * std), -mean / std
+
+    def draw(
+        self, sizes: torch.Tensor, generator: torch.Generator | None = None, progress: float = 0.0
+    ) -> dict[str, torch.Tensor]:
+        """Parameters of a batch, on the CPU; each entry has the batch as first dimension.
+
+        Args:
+            sizes: (b, 2) heights and widths of the images.
+            generator: on the CPU; not needed where nothing is random.
+            progress: part of the training that is done, 0..1; 'jitter' grows rarer with it.
+        """
+        params, b = {}, len(sizes)
+        if self.scale:
+            params["box"] = random_resized_boxes(sizes, self.scale, generator)
+        elif self.crop_pct != 1.0 or (sizes != self.size).any():
+            params["box"] = central_boxes(sizes, self.crop_pct)
+        if self.pad:
+            params["offset"] = torch.randint(0, 2 * self.pad + 1, (b, 2), generator=generator)
+        if self.flip:
+            params["flip"] = torch.rand(b, generator=generator) < 0.5
+        if self.rotation:
+            params["angle"] = torch.empty(b).uniform_(-self.rotation, self.rotation, generator=generator)
+        if self.operations == "randaugment":
+            params["operation"], params["value"] = randaugment.draw_randaugment(b, generator)
+        elif self.operations == "jitter":
+            probability = self.aug_prob * 0.5 * (1 + math.cos(math.pi * progress))
+            params["operation"], params["value"] = randaugment.draw_jitter(b, probability, generator)
+        if self.reprob:
+            boxes, found = _draw_boxes(torch.full((b, 2), self.size), ERASED_AREA, ERASED_RATIO, 1, generator)
+            found &= torch.rand(b, 1, generator=generator) < self.reprob
+            params["erase"] = torch.where(found, boxes, 0.0).long()
+            params["noise"] = torch.randint(len(self.noise), (b,), generator=generator)
+        return params
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
+        """uint8 images (b, 1 or 3, h, w) -> normalised float32 images (b, 3, size, size).
+
+        Args:
+            params: from `draw`, for these images; without 'box' they must be size x size already.
+        """
+        chosen, params = params, {name: value.to(images.device, non_blocking=True) for name, value in params.items()}
+        flips, boxes = params.get("flip"), params.get("box")
+        if "offset" in params:
+            images = shift(images, params["offset"], self.pad)
+        if boxes is None:
+            x = images.float()
+            if flips is not None:
+                x = torch.where(flips[:, None, None, None], x.flip(-1), x)
+        else:
+            x = crop_flip_resize(images, boxes, flips, self.size, self.interpolation)
+        if "angle" in params:
+            x = rotate(x, params["angle"])
+        if "operation" in params:  # grouped by what is chosen on the CPU, so that a GPU need not be asked
+            x = x.round().byte().expand(-1, 3, -1, -1)
+            x = randaugment.operate(x, chosen["operation"], chosen["value"], self.fill)
+        x = torch.addcmul(self.bias, x, self.factor)
+        if "erase" in params:
+            index = chosen["erase"][:, 2].nonzero()[:, 0].to(x.device, non_blocking=True)
+            noise = self.noise[params["noise"][index]].view(-1, *x.shape[1:])
+            x[index] = torch.where(inside(params["erase"][index], self.size), noise, x[index])
+        return x
+
+
+class Mix:
+    """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899), at most one of them a batch, the same for all its images.
+
+    Images are mixed with their neighbours, 0 with 1, 2 with 3 and so on (the batch is in random order), so any even
+    part of a batch can be mixed by itself and gives what the whole batch would.
+
+    Args:
+        num_classes: length of the targets.
+        size: side of the images in pixels.
+        mixup, cutmix: both parameters of the Beta distribution of an image's own share; 0 turns that kind off.
+        prob: of mixing a batch at all.
+        switch_prob: of cutmix, where both are on.
+        smoothing: label smoothing of the targets; 0 where the loss does it, which is the same.
+
+    Raises:
+        ValueError: both kinds are off.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        size: int,
+        *,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        smoothing: float = 0.0,
+    ):
+        if not mixup and not cutmix:
+            raise ValueError("mixup and cutmix are both 0, nothing to mix with")
+        self.num_classes, self.size, self.smoothing = num_classes, size, smoothing
+        self.mixup, self.cutmix, self.prob, self.switch_prob = mixup, cutmix, prob, switch_prob
+
+    def draw(self, b: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Parameters of a batch, on the CPU, the same in every row.
+
+        Args:
+            b: images.
+            generator: on the CPU.
+
+        Returns:
+            mix_box: (b, 4) top, left, height, width of the part that is mixed.
+            mix_keep: (b,) share that an image's own pixels keep in there.
+            mix_label: (b,) share that its own label keeps.
+        """
+        rng = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator)))  # torch has no seeded Beta
+        box, keep, label = (0, 0, self.size, self.size), 1.0, 1.0
+        mixed, cut = rng.random() < self.prob, rng.random() < self.switch_prob
+        if mixed and self.cutmix and (cut or not self.mixup):
+            box = self._cut(1 - rng.beta(self.cutmix, self.cutmix), rng)
+            keep, label = 0.0, 1 - box[2] * box[3] / self.size**2
+        elif mixed:
+            keep = label = rng.beta(self.mixup, self.mixup)
+        return {
+            "mix_box": torch.tensor(box).expand(b, 4),
+            "mix_keep": torch.tensor(keep, dtype=torch.float32).expand(b),
+            "mix_label": torch.tensor(label, dtype=torch.float32).expand(b),
+        }
+
+    def _cut(self, area: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """A square of `area` (part of the image) around a random pixel; what lies outside the image is cut off."""
+        side = int(self.size * math.sqrt(area))
+        low = rng.integers(self.size, size=2) - side // 2
+        top, left = np.maximum(low, 0).tolist()
+        bottom, right = np.minimum(low + side, self.size).tolist()
+        return top, left, bottom - top, right - left
+
+    @torch.no_grad()
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, params: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixed images and targets (b, num_classes) float32 that sum to 1.
+
+        Args:
+            images: (b, c, size, size) float.
+            labels: (b,) int64.
+            params: from `draw`, for these images.
+
+        Raises:
+            ValueError: an odd number of images.
+        """
+        if len(images) % 2:
+            raise ValueError(
+                f"{len(images)} images can't be mixed in pairs; the images of a process and pass must be even"
+            )
+        box, keep, label = (
+            params[name].to(images.device, non_blocking=True) for name in ("mix_box", "mix_keep", "mix_label")
+        )
+        keep = torch.where(inside(box, self.size), keep[:, None, None, None], 1.0)
+        targets = F.one_hot(labels, self.num_classes) * (1 - self.smoothing) + self.smoothing / self.num_classes
+        return torch.lerp(_neighbours(images), images, keep), torch.lerp(_neighbours(targets), targets, label[:, None])
+
+
+def _neighbours(x: torch.Tensor) -> torch.Tensor:
+    """Rows 1, 0, 3, 2, ..."""
+    return rearrange(rearrange(x, "(n two) ... -> n two ...", two=2).flip(1), "n two ... -> (n two) ...")

@@ -1,0 +1,243 @@
+"""Data sets and batches.
+
+Small images live as one uint8 tensor on the training device, and a batch is an index gather; image folders are decoded
+once, with a cache beside the data. Larger folders stream through worker processes. Batch order and augmentation are
+functions of (seed, step), for the whole batch of an update, of which each process takes its slice.
+"""
+
+import signal
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resized_crop
+
+from utils.augment import Augment
+from utils.options import UserError
+from utils.readers import FASHION_CLASSES, MINI, Files, ImageSet, download, idx_set, image_folder, named, read_image
+
+
+@dataclass
+class Data:
+    """A data set ready for training.
+
+    Attributes:
+        train: None where only evaluation was asked for.
+        valid: what 'best' is chosen by, during training.
+        test: what is reported; the same object as `valid` unless images were held out.
+        classes: names in the order of the labels.
+        selected_on: 'val' or 'test'.
+    """
+
+    train: ImageSet | None
+    valid: ImageSet
+    test: ImageSet
+    classes: list[str]
+    selected_on: str
+
+
+# ---------------------------------------------------------------- randomness
+
+
+def seed_of(*key: int) -> int:
+    """A 63-bit seed from whole numbers such as (seed, purpose, step); other keys give unrelated seeds."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+ORDER, AUGMENT, HOLD_OUT, DROPOUT = range(4)  # purposes
+
+
+def generator(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
+
+
+def batch_index(step: int, batch_size: int, n: int, seed: int) -> torch.Tensor:
+    """Images of update `step` (from 0), (batch_size,): the next ones of an endless row of shuffled epochs.
+
+    So every batch is full and every image is seen once an epoch, whatever n and batch_size are.
+    """
+    position, parts, missing = step * batch_size, [], batch_size
+    while missing:
+        epoch, offset = divmod(position, n)
+        part = _permutation(n, seed, epoch)[offset : offset + missing]
+        parts.append(part)
+        position, missing = position + len(part), missing - len(part)
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------- batches
+
+
+class _Decode(torch.utils.data.Dataset):
+    """For DataLoader: a list of (i, box) -> images i, cut to their boxes and resized, (b, 3, size, size) uint8."""
+
+    def __init__(self, paths: list[str], size: int, interpolation: str):
+        self.paths, self.size, self.interpolation = paths, size, InterpolationMode(interpolation)
+
+    def __getitems__(self, items: list[tuple[int, list[int] | None]]) -> torch.Tensor | str:
+        try:
+            return torch.stack([self._decode(*item) for item in items])
+        except UserError as error:  # DataLoader would wrap it in the worker's traceback
+            return str(error)
+
+    def _decode(self, i: int, box: list[int] | None) -> torch.Tensor:
+        image = read_image(self.paths[i])
+        if box is not None:
+            image = resized_crop(image, *box, [self.size, self.size], self.interpolation)
+        return pil_to_tensor(image)
+
+
+def _as_is(batch):
+    return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the main one ends the workers when it is done with them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device, num_workers: int) -> Iterator:
+    """Turn a plan of (index, parameters) into batches (images, labels) on the device."""
+    if not isinstance(data.source, Files):
+        for index, params in plan:
+            yield augment(data.source.take(data.ids[index]), params), data.labels[index].to(device, non_blocking=True)
+        return
+
+    planned = deque()  # the loader asks for batches ahead of time; what it asked for waits here
+
+    def requests():
+        for index, params in plan:
+            planned.append((index, params))
+            boxes = params["box"].tolist() if "box" in params else [None] * len(index)
+            yield list(zip(data.ids[index].tolist(), boxes, strict=True))
+
+    loader = DataLoader(
+        _Decode(data.source.paths, augment.size, augment.interpolation),
+        batch_sampler=requests(),
+        collate_fn=_as_is,
+        worker_init_fn=_ignore_interrupts,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    for images in loader:
+        if isinstance(images, str):
+            raise UserError(images)
+        index, params = planned.popleft()
+        params = {name: value for name, value in params.items() if name != "box"}
+        yield augment(images.to(device, non_blocking=True), params), data.labels[index].to(device, non_blocking=True)
+
+
+def train_batches(
+    data: ImageSet,
+    augment: Augment,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    batch_size: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device,
+    num_workers: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of the updates start..stop-1, `accumulation` of them an update, this process's share.
+
+    Yields:
+        images (batch_size / accumulation / world, 3, size, size) float32 and labels (...,) int64, on the device.
+    """
+    share = batch_size // world
+
+    def plan():
+        sizes = data.sizes
+        for step in range(start, stop):
+            index = batch_index(step, batch_size, len(data), seed)
+            params = augment.draw(sizes[index], generator(seed, AUGMENT, step))
+            for part in torch.arange(rank * share, (rank + 1) * share).chunk(accumulation):
+                yield index[part], {name: value[part] for name, value in params.items()}
+
+    return _load(data, plan(), augment, device, num_workers)
+
+
+def eval_batches(
+    data: ImageSet,
+    augment: Augment,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device,
+    num_workers: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's images, each exactly once over all processes, in order; the last batch may be smaller."""
+
+    def plan():
+        sizes = data.sizes
+        for index in torch.arange(rank, len(data), world).split(batch_size):
+            yield index, augment.draw(sizes[index])
+
+    return _load(data, plan(), augment, device, num_workers)
+
+
+def load_data(args, *, train: bool = True, classes: list[str] | None = None) -> Data:
+    """Load the data set that the flags name.
+
+    Args:
+        args: dataset, data_dir, emnist_split, val_fraction, seed, memory_limit are read.
+        train: False leaves the training images out.
+        classes: of a checkpoint; the data must have the same, or for an image folder a part of them.
+
+    Raises:
+        UserError: missing or broken data, with the file and the way out.
+    """
+    root, limit = Path(args.data_dir), int(args.memory_limit * 2**30)
+    valid = None
+    if args.dataset == "imagefolder":
+        held_out = [split for split in ("val", "test") if (root / split).is_dir()] or ["test"]
+        splits = ("train", *held_out) if train else (held_out[-1],)
+        sets, found = image_folder(root, splits, limit, classes)
+        training, test = sets.get("train"), sets[held_out[-1]]
+        valid = sets.get("val") if len(held_out) == 2 else None
+    else:
+        if args.dataset == "fashionmnist-mini":
+            loaded = (*(idx_set(MINI, ("train", "t10k")) or ()), FASHION_CLASSES)
+            if len(loaded) != 3:
+                raise UserError(f"{MINI}: its four files are missing; restore them from the repository")
+        else:
+            loaded = named(args, root)
+            if loaded is None:
+                download(args.dataset, root)
+                loaded = named(args, root)
+        training, test, found = loaded
+        if int(max(training.labels.max(), test.labels.max())) >= len(found):
+            raise UserError(f"{args.dataset} in {root}: a label is out of range, there are {len(found)} classes")
+        if classes is not None and found != classes:
+            raise UserError(
+                f"{args.dataset} has other classes ({', '.join(found[:5])}, ...) "
+                f"than the checkpoint ({', '.join(classes[:5])}, ...)"
+            )
+        if not train:
+            training = None
+    if training is not None and args.val_fraction:
+        order = torch.randperm(len(training), generator=generator(args.seed, HOLD_OUT))
+        held = max(1, round(args.val_fraction * len(training)))
+        valid, training = training.part(order[:held].sort().values), training.part(order[held:].sort().values)
+        if not len(training):
+            raise UserError(f"--val_fraction {args.val_fraction} leaves no training images")
+    return Data(training, valid or test, test, found, "val" if valid else "test")
+
+
+def to_device(data: Data, device: torch.device) -> None:
+    """Move the images that are in memory to the device, once."""
+    for source in {id(part.source): part.source for part in (data.train, data.valid, data.test) if part}.values():
+        source.to(device)
