@@ -1,0 +1,387 @@
+"""train.py and eval.py as a user calls them: runs, interruption, processes, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    TINY,
+    call,
+    places,
+    same,
+    torchrun,
+    weights,
+    write_cifar10,
+    write_cifar100,
+    write_folder,
+    write_google_npz,
+)
+
+ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
+
+
+def records(folder, run=ID) -> list[dict]:
+    return [json.loads(line) for line in (folder / "output" / f"{run}.jsonl").read_text().splitlines()]
+
+
+def losses(folder, run=ID) -> list[float]:
+    return [record["train_loss"] for record in records(folder, run) if record["event"] == "eval"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """An uninterrupted run of 24 steps, with everything random switched on."""
+    folder = tmp_path_factory.mktemp("reference")
+    call("train.py", *RUN, *places(folder))
+    return folder
+
+
+RUN = [
+    *("--name", "run", *TINY, "--num_steps", 24, "--eval_every", 8, "--save_every", 2, "--opt", "adamw"),
+    *("--gradient_accumulation_steps", 2, "--drop_path", 0.1, "--smoothing", 0.1),
+]
+
+
+def test_files_of_a_run(reference):
+    names = {path.name for path in (reference / "output").iterdir()}
+    assert names == {f"{ID}.txt", f"{ID}.jsonl", f"{ID}_checkpoint.bin", f"{ID}_last.bin"}
+    text = (reference / "output" / f"{ID}.txt").read_text()
+    for line in (
+        "Global Steps: 24\n",
+        "Valid Loss: ",
+        "Valid Accuracy: 0.",
+        "Best Accuracy: \t0.",
+        "End Training!\n",
+        " min\n",
+    ):
+        assert line in text
+    lines = records(reference)
+    assert [line["event"] for line in lines] == ["start", "eval", "eval", "eval", "end"]
+    assert lines[0]["selected_on"] == lines[-1]["selected_on"] == "test"
+    assert lines[0]["settings"]["train_batch_size"] == 32
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(reference / "logs" / ID)).Reload()
+    assert {
+        "train/loss",
+        "train/lr",
+        "train/gradient_norm",
+        "train/images_per_second",
+        "test/accuracy",
+        "test/loss",
+    } <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("train/lr")] == list(range(1, 25))
+
+
+def test_eval_prints_the_accuracy_of_training(reference):
+    path = reference / "output" / f"{ID}_checkpoint.bin"
+    best = records(reference)[-1]["best_accuracy"]
+    result = json.loads(call("eval.py", path, "--json").stdout)
+    assert result["accuracy"] == best and result["correct"] == round(best * 2000) and result["seen"] == 2000
+    assert result["top5"] >= result["accuracy"] and sum(map(sum, result["confusion"])) == 2000
+    text = call("eval.py", path, "--output_dir", reference / "pictures").stdout
+    assert f"Top-1 accuracy: {best:.5f}" in text and "Ankle boot" in text
+    assert (reference / "pictures" / f"{ID}_confusion.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_eval_classifies_single_images(reference, tmp_path):
+    write_folder(tmp_path, sizes=[(50, 40), (28, 28)], per_class=2, splits=["photos"], classes=["a b"])
+    files = sorted((tmp_path / "photos" / "a b").iterdir())
+    path = reference / "output" / f"{ID}_last.bin"
+    answers = json.loads(call("eval.py", path, "--images", *files, "--json").stdout)
+    assert list(answers) == [str(file) for file in files]
+    for answer in answers.values():
+        assert (
+            len(answer) == 5
+            and sum(answer.values()) <= 1.0001
+            and list(answer.values()) == sorted(answer.values(), reverse=True)
+        )
+    assert "%" in call("eval.py", path, "--images", *files).stdout
+
+
+def test_finished_run_is_left_alone_and_other_settings_are_refused(reference):
+    before = (reference / "output" / f"{ID}.txt").read_bytes()
+    assert "is finished: best accuracy 0." in call("train.py", *RUN, *places(reference)).stdout
+    error = call("train.py", *RUN, *places(reference), "--lr", 0.5, check=2).stderr
+    assert error.count("\n") == 1 and "learning_rate 0.001 -> 0.5" in error and "--overwrite" in error
+    assert (reference / "output" / f"{ID}.txt").read_bytes() == before
+
+
+def start(*words) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(condition, process) -> None:
+    limit = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_ends_as_the_uninterrupted_one(reference, tmp_path, how):
+    last = tmp_path / "output" / f"{ID}_last.bin"
+    words = [*RUN, *places(tmp_path)]
+    process = start(*words)
+    wait_for(last.exists, process)
+    process.send_signal(how)
+    status = process.wait(60)
+    assert status == (-how if how == signal.SIGKILL else 128 + how)
+    stopped = torch.load(last, weights_only=True)["step"]
+    assert 0 < stopped < 24
+    output = call("train.py", *words).stdout
+    assert f"after step {stopped} of 24" in output
+    assert same(weights(last), weights(reference / "output" / last.name))
+    assert losses(tmp_path) == losses(reference)
+    best = f"{ID}_checkpoint.bin"
+    assert same(weights(tmp_path / "output" / best), weights(reference / "output" / best))
+
+
+def test_two_processes_follow_one(tmp_path):
+    words = [
+        "--name",
+        "run",
+        *TINY,
+        "--num_steps",
+        6,
+        "--eval_every",
+        2,
+        "--dropout",
+        0,
+        "--gradient_accumulation_steps",
+        2,
+    ]
+    call("train.py", *words, *places(tmp_path / "one"))
+    torchrun(2, *words, *places(tmp_path / "two"))
+    for name in ("train_loss", "loss"):
+        one, two = (
+            [line[name] for line in records(tmp_path / part) if line["event"] == "eval"] for part in ("one", "two")
+        )
+        assert one == pytest.approx(two, rel=1e-5)
+    assert [r["seen"] for r in records(tmp_path / "two") if r["event"] == "eval"] == [2000] * 3
+    assert "is finished" in torchrun(2, *words, *places(tmp_path / "two")).stdout
+
+
+def test_accumulation_gives_the_update_of_the_whole_batch(tmp_path):
+    words = ["--name", "run", *TINY, "--num_steps", 6, "--eval_every", 2, "--dropout", 0]
+    call("train.py", *words, *places(tmp_path / "1"))
+    call("train.py", *words, "--gradient_accumulation_steps", 4, *places(tmp_path / "4"))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), rel=1e-5)
+
+
+def test_val_fraction_reports_the_test_set_apart(tmp_path):
+    call(
+        "train.py",
+        "--name",
+        "run",
+        *TINY,
+        "--num_steps",
+        4,
+        "--eval_every",
+        2,
+        "--val_fraction",
+        0.1,
+        *places(tmp_path),
+    )
+    lines = records(tmp_path)
+    assert lines[1]["split"] == lines[-1]["selected_on"] == "val" and lines[1]["seen"] == 1000
+    result = json.loads(call("eval.py", tmp_path / "output" / f"{ID}_checkpoint.bin", "--json").stdout)
+    assert result["accuracy"] == lines[-1]["test_accuracy"] and result["seen"] == 2000
+
+
+def test_image_folder_from_training_to_evaluation(tmp_path):
+    write_folder(tmp_path / "photos", sizes=[(20, 30), (40, 28)])
+    words = [
+        *TINY,
+        "--dataset",
+        "imagefolder",
+        "--data_dir",
+        tmp_path / "photos",
+        "--train_batch_size",
+        4,
+        "--num_steps",
+        3,
+    ]
+    call("train.py", "--name", "run", *words, *places(tmp_path))
+    call("train.py", "--name", "streamed", *words, "--memory_limit", 0, "--num_workers", 1, *places(tmp_path))
+    assert losses(tmp_path) == pytest.approx(losses(tmp_path, ID.replace("run", "streamed", 1)), rel=0.05)
+    path = tmp_path / "output" / f"{ID}_checkpoint.bin"
+    assert json.loads(call("eval.py", path, "--json").stdout)["accuracy"] == records(tmp_path)[-1]["best_accuracy"]
+    write_folder(tmp_path / "others", classes=["cat", "owl"])
+    error = call("eval.py", path, "--data_dir", tmp_path / "others", check=2).stderr
+    assert error.count("\n") == 1 and "'owl' is not among the 2 known: cat, dog" in error
+
+
+@pytest.mark.parametrize("flag", ["--fp16", "--bf16"])
+def test_half_precision_on_cpu_says_what_it_does(tmp_path, flag):
+    out = call("train.py", "--name", "run", *TINY, "--num_steps", 2, flag, *places(tmp_path), "--device", "cpu").stdout
+    line = next(line for line in out.splitlines() if line.startswith("Precision"))
+    assert "bf16" in line or "no bfloat16" in line
+    assert ("float16 needs CUDA" in line) == (flag == "--fp16")
+
+
+def test_non_finite_loss_stops_with_status_3(tmp_path):
+    words = ["--name", "run", *TINY, "--num_steps", 40, "--eval_every", 2, "--warmup_steps", 0, *places(tmp_path)]
+    out = call("train.py", *words, "--lr", 1e30, "--max_grad_norm", 0, check=3).stdout
+    assert "not finite at step" in out and "learning rate" in out
+    for path in (tmp_path / "output").glob("*.bin"):
+        assert all(value.isfinite().all() for value in weights(path).values())
+
+
+# ---------------------------------------------------------------- the command lines of the reference projects
+
+SMALL = "--num_steps 3 --train_batch_size 4 --eval_batch_size 30".split()
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cifar")
+    write_cifar10(folder, per_file=12)
+    write_cifar100(folder, n=100)
+    return folder
+
+
+def test_fine_tuning_from_google_weights(cifar, tmp_path):
+    npz = tmp_path / "imagenet21k_ViT-B_32.npz"
+    write_google_npz(npz, dim=768, depth=12, heads=12, mlp_dim=3072, patch=32, grid=7, classes=21)
+    line = f"--name cifar10 --dataset cifar10 --model_type ViT-B_32 --pretrained_dir {npz}".split()
+    out = call("train.py", *line, *SMALL, "--data_dir", cifar, *places(tmp_path)).stdout
+    assert "87.5M (87,462,922)" in out and "re-initialised: head.weight, head.bias" in out and "Best Accuracy" in out
+    assert (tmp_path / "output" / "cifar10_ViT-B_32_norm_LN_fp_False_img_224_pretrain_T_checkpoint.bin").exists()
+
+
+def test_lines_of_the_references(cifar, tmp_path):
+    sizes = "--dim 48 --depth 2 --heads 3 --mlp_dim 96".split()
+    line = "--name cifar10-100_500 --dataset cifar10 --norm_type LN --model_type ViT-B_16 --fp16 --fp16_opt_level O2"
+    line = line.split()
+    call("train.py", *line, *SMALL, *sizes, "--data_dir", cifar, *places(tmp_path))
+    line = (
+        "--name c --dataset cifar100 --model ViT-L_32 --batch_size 4 --epochs 0.1 --blr 1e-3 --opt adamw --min_lr 1e-5"
+    )
+    call("train.py", *line.split(), "--warmup_epochs", 0, *sizes, "--data_location", cifar, *places(tmp_path))
+    path = tmp_path / "output" / "c_ViT-L_32_norm_LN_fp_False_img_224_pretrain_F_checkpoint.bin"
+    end = records(tmp_path, path.name.removesuffix("_checkpoint.bin"))[-1]
+    line = f"--name cifar100 --dataset cifar100 -v true --model_type ViT-L_32 --load_model_dir {path}".split()
+    out = call("train.py", *line, *sizes, "--data_dir", cifar).stdout
+    assert f"Valid Accuracy: {end['best_accuracy']:.5f} (" in out
+    out = call(
+        "train.py", "--name", "more", *line[2:4], *line[6:], *SMALL, *sizes, "--data_dir", cifar, *places(tmp_path)
+    ).stdout
+    assert "re-initialised" not in out and "Best Accuracy" in out
+
+
+# ---------------------------------------------------------------- mistakes
+
+MISTAKES = [
+    ("--dataset mnist", "'mnist'"),
+    ("--model_type ViT-X_16", "'ViT-X_16'"),
+    ("--norm_type RMS", "'RMS'"),
+    ("--img_size 30", "image size 30 is not divisible by patch size 7"),
+    ("--dim 33", "dim 33 is not divisible by heads 2"),
+    ("--train_batch_size 32 --gradient_accumulation_steps 5", "32 is not divisible by 5"),
+    ("--num_steps 10 --warmup_steps 10", "not shorter than the run of 10"),
+    ("--num_steps 0", "0 is not at least 1"),
+    ("--lr -1", "-1 is not above 0"),
+    ("--lr nan", "nan is not above 0"),
+    ("--pretrained_dir nowhere.npz", "nowhere.npz: no such file"),
+    ("--load_model_dir nowhere.bin", "nowhere.bin: no such file"),
+    ("-v true", "--load_model_dir"),
+    ("--fp16 --bf16", "exclude each other"),
+    ("--mean 0.5 0.5 0.5", "--mean and --std go together"),
+    ("--scale 0.9 0.1", "the first is above the second"),
+    ("--aug none --scale 0.5 1", "no meaning with --aug none"),
+    ("--val_fraction 1", "1 is above"),
+    ("--learnin_rate 0.1", "did you mean --learning_rate?"),
+    ("--name a/b", "usable as a file name"),
+    ("--name ../a", "usable as a file name"),
+    ("@recipes/nowhere.args", "nowhere.args"),
+    ("@{tmp}/bad.args", "'--colour' in {tmp}/bad.args"),
+    ("-v maybe", "neither true nor false"),
+    ("--seed x", "invalid int value: 'x'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, expected", MISTAKES)
+def test_wrong_flags_are_answered_in_one_line_without_torch(tmp_path, words, expected):
+    (tmp_path / "bad.args").write_text("--img_size 28  # pixels\n--colour 3\n")
+    began = time.monotonic()
+    done = call("train.py", "--name", "run", *TINY, *places(tmp_path), *words.format(tmp=tmp_path).split(), check=2)
+    assert time.monotonic() - began < 2  # importing torch alone takes about as long; it is not imported
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: error: ") and done.stdout == ""
+    assert expected.format(tmp=tmp_path) in done.stderr
+    assert not (tmp_path / "output").exists()
+
+
+def test_help_needs_no_torch():
+    code = """
+import runpy, sys
+sys.argv = ["train.py", "--help"]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--train_batch_size" in done.stdout, done.stderr
+
+
+def test_mistakes_found_later(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "text.npz").write_text("not weights")
+    for words, expected in [
+        (["--output_dir", tmp_path / "file" / "output"], "cannot be made"),
+        ([*places(tmp_path), "--pretrained_dir", tmp_path / "text.npz"], "text.npz: not a readable .npz"),
+        ([*places(tmp_path), "--epochs", 0.01, "--warmup_epochs", 1], "not shorter than the run"),
+        ([*places(tmp_path), "--dataset", "imagefolder", "--data_dir", tmp_path / "none"], "no such folder"),
+        (
+            [*places(tmp_path), "--device", "cuda", "--gpu_id", 99],
+            "cuda" if not torch.cuda.is_available() else "GPU 99",
+        ),
+    ]:
+        done = call("train.py", "--name", "run", *TINY, *words, check=2)
+        assert done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr
+    assert not (tmp_path / "output").exists() or not list((tmp_path / "output").glob("*.bin"))
+
+
+def test_eval_mistakes(reference, tmp_path):
+    torch.save({"model": {}}, tmp_path / "bare.bin")
+    good = reference / "output" / f"{ID}_checkpoint.bin"
+    write_cifar100(tmp_path, n=100)
+    for words, expected in [
+        ([tmp_path / "none.bin"], "no such file"),
+        ([tmp_path / "bare.bin"], "has no 'config'"),
+        ([good, "--images", tmp_path / "none.png"], "none.png: no such file"),
+        ([good, "--images", tmp_path / "bare.bin"], "not a readable image"),
+        ([good, "--dataset", "cifar100", "--data_dir", tmp_path], "cifar100 has other classes"),
+        ([good, "--top", "0"], "0 is not at least 1"),
+    ]:
+        done = call("eval.py", *words, check=2)
+        assert done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr
+
+
+def test_recipes_are_valid():
+    recipes = sorted((ROOT / "recipes").glob("*.args"))
+    assert recipes
+    for recipe in recipes:
+        done = call("train.py", f"@{recipe}", "--name", "x", "--num_steps", 0, check=2)
+        assert "--num_steps" in done.stderr, done.stderr
+
+
+def test_default_folders_are_ignored_by_git():
+    done = subprocess.run(
+        ["git", "check-ignore", "output/x.bin", "logs/x", "data/cifar", "checkpoint/x.npz"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (0, 128) and (done.returncode == 128 or len(done.stdout.split()) == 4)
+
+
+assert os.environ.get("WORLD_SIZE", "1") == "1"

@@ -1,0 +1,445 @@
+"""Train, fine-tune or validate one Vision Transformer on one data set.
+
+    python train.py @recipes/demo.args                                  # minutes on 2 CPU cores
+    python train.py --name cifar10 --dataset cifar10 --model_type ViT-B_32 \\
+        --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz            # fine-tune on one GPU
+    torchrun --nproc_per_node 4 train.py --name cifar100 --dataset cifar100 --bf16   # several GPUs
+    python train.py --name cifar100 --dataset cifar100 -v true --load_model_dir output/RUN_checkpoint.bin
+
+Results land in output/ (RUN.txt, RUN.jsonl, RUN_checkpoint.bin, RUN_last.bin) and logs/RUN (TensorBoard).
+The same command again continues an unfinished run, on one machine to the bit, and leaves a finished one alone.
+"""
+
+from models import MODELS, NORM_TYPES, create_model, model_sizes
+from utils import options
+from utils.options import UserError
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
+    ARGS = options.parse_train_args(None, MODELS, NORM_TYPES, model_sizes)
+
+import contextlib
+import signal
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from eval import eval_augment, evaluate, run_main
+from utils import checkpoint, data_utils, dist_util
+from utils.augment import Augment
+from utils.log_util import RunLog, delete_run, read_records
+from utils.scheduler import learning_rate
+
+SAVE_SECONDS = 300  # _last.bin is never older than this
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class NonFinite(ArithmeticError):
+    """The loss or the gradient is infinite or not a number."""
+
+
+class Interrupt:
+    """Turns the first of SIGNALS into a request to save and leave after the step; a second one leaves at once."""
+
+    def __init__(self):
+        self.signum = 0
+        for signum in SIGNALS:
+            signal.signal(signum, self)
+
+    def __call__(self, signum, frame):
+        self.signum = signum
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def gflops(config: dict) -> float:
+    """Floating-point operations of one image's forward pass, in 10^9; a multiply-add counts 2."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        create_model(**config).eval()(torch.empty(1, 3, config["image_size"], config["image_size"]))
+    return counter.get_total_flops() / 1e9
+
+
+def load_weights(model: torch.nn.Module, args: Namespace) -> str:
+    """Put the weights that the flags name into a model; a line for the log."""
+    path = args.pretrained_dir or args.load_model_dir
+    if not path:
+        return "from scratch"
+    report = checkpoint.load_weights(model, path)
+    if args.load_model_dir and report.reinitialised:
+        missing = ", ".join(report.reinitialised[:4])
+        raise UserError(f"{path}: lacks {missing} at this size; --pretrained_dir would start those anew")
+    return f"{path}: {report}"
+
+
+def make_optimizer(model: torch.nn.Module, args: Namespace, device: torch.device) -> torch.optim.Optimizer:
+    kwargs = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    if args.opt == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=0.9, **kwargs)
+    return torch.optim.AdamW(model.parameters(), **kwargs)
+
+
+def make_scaler(args: Namespace, device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Scales float16 gradients; does nothing in other precisions. A fixed scale is one that never grows or shrinks."""
+    enabled = precision == "fp16" and device.type == "cuda"
+    if args.loss_scale:
+        never = dict(growth_interval=2**31 - 1, backoff_factor=1 - 1e-12)  # 1 in float32, which the scale is kept in
+        return torch.amp.GradScaler(device.type, init_scale=args.loss_scale, enabled=enabled, **never)
+    return torch.amp.GradScaler(device.type, enabled=enabled)
+
+
+class Run:
+    """A run: model, optimizer and data, its files, and the steps from the first to the last."""
+
+    def __init__(self, args: Namespace, processes: dist_util.Processes, data: data_utils.Data):
+        self.args, self.processes, self.data, self.device = args, processes, data, processes.device
+        self.id = options.run_id(args)
+        self.config = options.model_config(args) | {"num_classes": len(data.classes)}
+        wanted = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+        self.precision, self.precision_note = dist_util.usable_precision(wanted, self.device)
+
+        torch.manual_seed(args.seed)
+        self.model = create_model(**self.config)
+        self.weights = load_weights(self.model, args)
+        self.model.to(self.device)
+        if args.compile:
+            self.model.compile()
+        self.parallel = self.model
+        if processes.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+        self.optimizer = make_optimizer(self.model, args, self.device)
+        self.scaler = make_scaler(args, self.device, self.precision)
+        self.augment = Augment(
+            args.img_size, args.mean, args.std, interpolation=args.interpolation,
+            scale=args.scale, flip=args.flip, pad=args.pad, device=self.device,
+        )  # fmt: skip
+        self.eval_augment = eval_augment(vars(args), self.device)
+
+        self.step = 0  # updates done
+        self.best = {"accuracy": -1.0, "step": 0}
+        self.last = None  # the newest evaluation's accuracy
+        self.loss_sum = torch.zeros((), device=self.device)  # of the steps since the last evaluation
+        self.loss_steps = 0
+        self.bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite
+        self.seconds = 0.0  # spent before this process
+        self.started = self.saved = time.monotonic()
+        self.log = RunLog(args.output_dir, args.log_dir, self.id, enabled=processes.main)
+
+    # ------------------------------------------------------------ files
+
+    def path(self, suffix: str) -> Path:
+        return Path(self.args.output_dir) / f"{self.id}{suffix}"
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+    def save(self, suffix: str, **more) -> None:
+        """Write a checkpoint that eval.py can rebuild the model from, and `more`."""
+        if self.processes.main:
+            facts = dict(
+                model=self.model.state_dict(),
+                config=self.config,
+                classes=self.data.classes,
+                args=vars(self.args),
+                precision=self.precision,
+                step=self.step,
+                selected_on=self.data.selected_on,
+            )
+            checkpoint.save(self.path(suffix), facts | more)
+
+    def save_last(self) -> None:
+        """Write all that resuming needs, if it is sound."""
+        self.check_finite()
+        self.save(
+            "_last.bin",
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            best=self.best,
+            last=self.last,
+            loss_sum=self.loss_sum,
+            loss_steps=self.loss_steps,
+            seconds=self.elapsed(),
+            log=self.log.position(),
+        )
+        self.saved = time.monotonic()
+
+    def begin_or_resume(self) -> None:
+        """Go on from `_last.bin` as if nothing had happened, or begin."""
+        if not self.path("_last.bin").exists():
+            self.log.rewind({}, 0)
+            self.describe()
+            return
+        state = checkpoint.read_file(self.path("_last.bin"))
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name in ("step", "best", "last", "loss_steps", "seconds"):
+            setattr(self, name, state[name])
+        self.loss_sum = state["loss_sum"].to(self.device)
+        self.log.rewind(state["log"], self.step)
+        self.log.info(f"Resuming {self.id} after step {self.step} of {self.args.num_steps}")
+
+    def describe(self) -> None:
+        """Log the run as it is resolved, and begin its records."""
+        args, data, world = self.args, self.data, self.processes.world
+        parameters = sum(param.numel() for param in self.model.parameters() if param.requires_grad)
+        share = args.train_batch_size // args.gradient_accumulation_steps // world
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        chosen = "held-out images (val)" if data.selected_on == "val" else "the test set, the one that is reported"
+        info = self.log.info
+        info(f"Run {self.id}")
+        info(f"Model: {' '.join(f'{name}={value}' for name, value in self.config.items())}")
+        info(f"Total Parameter: \t{parameters / 1e6:.1f}M ({parameters:,}), {gflops(self.config):.3f} GFLOPs per image")
+        info(f"Weights: {self.weights}")
+        info(
+            f"Data: {args.dataset}, {len(data.classes)} classes, images: {len(data.train)} to train on, "
+            f"{len(data.valid)} to choose the best checkpoint by, {len(data.test)} to test on"
+        )
+        info(f"The best checkpoint is chosen on {chosen}")
+        info(f"Images: aug {args.aug}, scale {args.scale}, {args.interpolation} to {args.img_size} px")
+        info(f"Normalisation: mean {args.mean}, std {args.std}")
+        info(
+            f"Steps: {args.num_steps} = {args.epochs:.2f} epochs; warm-up {args.warmup_steps}, {args.decay_type} decay"
+        )
+        info(
+            f"Batch: {args.train_batch_size} = {share} per process and pass "
+            f"x {args.gradient_accumulation_steps} accumulation steps x {world} processes"
+        )
+        info(
+            f"Optimizer: {args.opt}, learning rate {args.learning_rate:g} (from {args.warmup_lr:g} to {args.min_lr:g}), "
+            f"weight decay {args.weight_decay:g}, clip {args.max_grad_norm:g}, label smoothing {args.smoothing:g}"
+        )
+        info(f"Precision: {self.precision}{self.precision_note}; {device}, torch {torch.__version__}, seed {args.seed}")
+        self.log.record(
+            event="start",
+            run_id=self.id,
+            settings=options.settings(args),
+            parameters=parameters,
+            images=[len(data.train), len(data.valid), len(data.test)],
+            selected_on=data.selected_on,
+            precision=self.precision,
+            device=device,
+            processes=world,
+            torch=torch.__version__,
+        )
+
+    # ------------------------------------------------------------ steps
+
+    def update(self, batches) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update from the next accumulation steps' batches; loss and gradient norm, left on the device."""
+        args, parts = self.args, self.args.gradient_accumulation_steps
+        torch.manual_seed(data_utils.seed_of(args.seed, data_utils.DROPOUT, self.step, self.processes.rank))
+        self.lr = learning_rate(
+            self.step + 1, base_lr=args.learning_rate, num_steps=args.num_steps, warmup_steps=args.warmup_steps,
+            decay_type=args.decay_type, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
+        )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        total = torch.zeros((), device=self.device)
+        for part in range(parts):
+            images, labels = next(batches)
+            waits = self.processes.world > 1 and part < parts - 1  # gradients are exchanged once an update
+            with self.parallel.no_sync() if waits else contextlib.nullcontext():
+                with dist_util.autocast(self.device, self.precision):
+                    logits = self.parallel(images)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing) / parts
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_grad_norm_(self.model.parameters(), args.max_grad_norm or float("inf"))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.step += 1
+        self.loss_sum += total
+        self.loss_steps += 1
+        # the scaler skips a step whose gradient overflows float16; a loss that isn't finite has no such excuse
+        finite = total.isfinite() if self.scaler.is_enabled() else (total + norm).isfinite()
+        self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
+        return total, norm
+
+    def check_finite(self) -> None:
+        """Stop at a loss or gradient that is not finite. All processes call it; it waits for the device."""
+        step = dist_util.largest(int(self.bad_step))
+        if step >= 0:
+            last = self.path("_last.bin")
+            kept = f"{last} is from before" if last.exists() else "nothing was saved before"
+            raise NonFinite(f"not finite at step {step}, learning rate {self.lr:g}; {kept}; lower --learning_rate")
+
+    def mean_over_processes(self, value: torch.Tensor) -> float:
+        return dist_util.sum_over_processes(value.clone()).item() / self.processes.world
+
+    def evaluate(self, images: data_utils.ImageSet) -> dict:
+        p, args = self.processes, self.args
+        batches = data_utils.eval_batches(
+            images, self.eval_augment, batch_size=args.eval_batch_size,
+            rank=p.rank, world=p.world, device=self.device, num_workers=args.num_workers,
+        )  # fmt: skip
+        result = evaluate(self.model, batches, len(self.data.classes), self.device, self.precision)
+        self.model.train()
+        return result
+
+    def validate(self) -> None:
+        """Evaluate, log, and keep the weights if they are the best so far."""
+        self.check_finite()
+        result = self.evaluate(self.data.valid)
+        train_loss = self.mean_over_processes(self.loss_sum) / self.loss_steps
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+        self.last = result["accuracy"]
+        self.log.info("Validation Results")
+        self.log.info(f"Global Steps: {self.step}")
+        self.log.info(f"Train Loss: {train_loss:.5f}")
+        self.log.info(f"Valid Loss: {result['loss']:.5f}")
+        self.log.info(f"Valid Accuracy: {result['accuracy']:.5f}")
+        split = self.data.selected_on
+        self.log.scalars(self.step, {f"{split}/accuracy": result["accuracy"], f"{split}/loss": result["loss"]})
+        if result["accuracy"] > self.best["accuracy"]:
+            self.best = {"accuracy": result["accuracy"], "step": self.step}
+            self.save("_checkpoint.bin", accuracy=result["accuracy"], loss=result["loss"])
+        result.pop("confusion")
+        self.log.record(
+            event="eval",
+            step=self.step,
+            epoch=self.step * self.args.train_batch_size / len(self.data.train),
+            split=split,
+            **result,
+            best=self.best["accuracy"],
+            train_loss=train_loss,
+            lr=self.lr,
+            seconds=round(self.elapsed(), 2),
+        )
+
+    def train(self) -> int:
+        """Take all remaining steps; 0, or the conventional exit status after a signal."""
+        args, p = self.args, self.processes
+        interrupt = Interrupt()
+        batches = data_utils.train_batches(
+            self.data.train, self.augment, seed=args.seed, start=self.step, stop=args.num_steps,
+            batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
+            rank=p.rank, world=p.world, device=self.device, num_workers=args.num_workers,
+        )  # fmt: skip
+        show = p.main and sys.stderr.isatty()
+        bar = tqdm(total=args.num_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not show)
+        self.model.train()
+        mark, mark_step = time.monotonic(), self.step
+        while self.step < args.num_steps:
+            loss, norm = self.update(batches)
+            bar.update()
+            at_end = self.step == args.num_steps
+            if self.step % args.log_every == 0 or at_end:
+                self.check_finite()
+                loss, norm = self.mean_over_processes(loss), norm.item()
+                speed = (self.step - mark_step) * args.train_batch_size / (time.monotonic() - mark)
+                bar.set_postfix_str(f"loss {loss:.4f}, lr {self.lr:.3g}, {speed:.0f} images/s")
+                scalars = {"loss": loss, "lr": self.lr, "gradient_norm": norm, "images_per_second": speed}
+                self.log.scalars(self.step, {f"train/{name}": value for name, value in scalars.items()})
+                mark, mark_step = time.monotonic(), self.step
+            evaluated = self.step % args.eval_every == 0 or at_end
+            if evaluated:
+                self.validate()
+                mark, mark_step = time.monotonic(), self.step
+            due = p.main and time.monotonic() - self.saved > SAVE_SECONDS
+            # signals and clocks differ between processes: what one has seen, all act upon, at the same step
+            wish = dist_util.largest(interrupt.signum or (signal.NSIG if due else 0))
+            if evaluated or wish or (args.save_every and self.step % args.save_every == 0):
+                self.save_last()
+            if 0 < wish < signal.NSIG and not at_end:
+                bar.close()
+                self.log.info(f"Signal {wish} after step {self.step}; saved, the same command goes on from there")
+                return 128 + wish
+        bar.close()
+        self.finish()
+        return 0
+
+    def finish(self) -> None:
+        """Score what the reader wants to know, and close the records."""
+        end = dict(best_accuracy=self.best["accuracy"], best_step=self.best["step"], last_accuracy=self.last)
+        self.log.info(f"Best Accuracy: \t{self.best['accuracy']:f}")
+        if self.data.selected_on == "val":
+            end["test_accuracy_last"] = self.evaluate(self.data.test)["accuracy"]
+            if self.processes.main:
+                self.model.load_state_dict(checkpoint.read_file(self.path("_checkpoint.bin"))["model"])
+            dist_util.broadcast_model(self.model)
+            end["test_accuracy"] = self.evaluate(self.data.test)["accuracy"]
+            self.log.info(f"Test Accuracy: \t{end['test_accuracy']:f} (last step {end['test_accuracy_last']:f})")
+        self.log.info("End Training!")
+        self.log.info(f"last {self.elapsed() / 60:.1f} min")
+        self.log.record(event="end", step=self.step, selected_on=self.data.selected_on, **end, seconds=self.elapsed())
+        self.log.close()
+
+
+def already_done(args: Namespace) -> bool:
+    """Whether this run has finished; says so.
+
+    Raises:
+        UserError: the run id belongs to a run with other settings.
+    """
+    records = read_records(Path(args.output_dir) / f"{options.run_id(args)}.jsonl")
+    began = next((record["settings"] for record in records if record.get("event") == "start"), None)
+    now = options.settings(args)
+    changed = [name for name in now if began and began.get(name) != now[name]]
+    if changed:
+        shown = ", ".join(f"{name} {began.get(name)} -> {now[name]}" for name in changed)
+        raise UserError(
+            f"run {options.run_id(args)} exists with other settings: {shown}; another --name, or --overwrite"
+        )
+    end = next((record for record in records if record.get("event") == "end"), None)
+    if end:
+        print(
+            f"{options.run_id(args)} is finished: best accuracy {end['best_accuracy']:f}, last {end['last_accuracy']:f}"
+        )
+    return end is not None
+
+
+def validate_only(args: Namespace, processes: dist_util.Processes, data: data_utils.Data) -> None:
+    """Evaluate --load_model_dir on the test set, without writing anything."""
+    model = create_model(**options.model_config(args), num_classes=len(data.classes))
+    load_weights(model, args)
+    wanted = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+    precision, _ = dist_util.usable_precision(wanted, processes.device)
+    batches = data_utils.eval_batches(
+        data.test, eval_augment(vars(args), processes.device), batch_size=args.eval_batch_size,
+        rank=processes.rank, world=processes.world, device=processes.device, num_workers=args.num_workers,
+    )  # fmt: skip
+    result = evaluate(model.to(processes.device), batches, len(data.classes), processes.device, precision)
+    if processes.main:
+        print(f"Valid Loss: {result['loss']:.5f}")
+        print(f"Valid Accuracy: {result['accuracy']:.5f} ({result['correct']}/{result['seen']})")
+
+
+def main(args: Namespace) -> int:
+    processes = dist_util.start(args.device, args.gpu_id)
+    torch.set_float32_matmul_precision("high")
+    with dist_util.first_on_each_node(processes):
+        data = data_utils.load_data(args, train=not args.validate)
+    data_utils.to_device(data, processes.device)
+    if args.validate:
+        validate_only(args, processes, data)
+        return 0
+    options.resolve_steps(args, len(data.train))
+    if args.overwrite and processes.main:
+        delete_run(args.output_dir, args.log_dir, options.run_id(args))
+    dist_util.barrier()
+    if already_done(args):
+        return 0
+    run = Run(args, processes, data)
+    run.begin_or_resume()
+    try:
+        return run.train()
+    except NonFinite as error:
+        run.log.info(f"Stopped: {error}")
+        return 3
+
+
+if __name__ == "__main__":
+    run_main(main, ARGS)
