@@ -29,35 +29,22 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from eval import eval_augment, evaluate, run_main
 from utils import checkpoint, data_utils, dist_util
-from utils.augment import Augment
-from utils.log_util import RunLog, delete_run, read_records
+from utils.augment import Augment, Mix
+from utils.log_util import RunLog, delete_run, read_records, run_description
+from utils.optim import make_optimizer, make_scaler
 from utils.scheduler import learning_rate
 
 SAVE_SECONDS = 300  # _last.bin is never older than this
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class NonFinite(ArithmeticError):
     """The loss or the gradient is infinite or not a number."""
-
-
-class Interrupt:
-    """Turns the first of SIGNALS into a request to save and leave after the step; a second one leaves at once."""
-
-    def __init__(self):
-        self.signum = 0
-        for signum in SIGNALS:
-            signal.signal(signum, self)
-
-    def __call__(self, signum, frame):
-        self.signum = signum
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
 
 
 def gflops(config: dict) -> float:
@@ -67,38 +54,29 @@ def gflops(config: dict) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def load_weights(model: torch.nn.Module, args: Namespace) -> str:
+def load_weights(model: torch.nn.Module, args: Namespace, keep_head: bool) -> str:
     """Put the weights that the flags name into a model; a line for the log."""
     path = args.pretrained_dir or args.load_model_dir
     if not path:
         return "from scratch"
-    report = checkpoint.load_weights(model, path)
+    report = checkpoint.load_weights(model, path, keep_head)
     if args.load_model_dir and report.reinitialised:
         missing = ", ".join(report.reinitialised[:4])
         raise UserError(f"{path}: lacks {missing} at this size; --pretrained_dir would start those anew")
     return f"{path}: {report}"
 
 
-def make_optimizer(model: torch.nn.Module, args: Namespace, device: torch.device) -> torch.optim.Optimizer:
-    kwargs = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    if args.opt == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=0.9, **kwargs)
-    return torch.optim.AdamW(model.parameters(), **kwargs)
-
-
-def make_scaler(args: Namespace, device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """Scales float16 gradients; does nothing in other precisions. A fixed scale is one that never grows or shrinks."""
-    enabled = precision == "fp16" and device.type == "cuda"
-    if args.loss_scale:
-        never = dict(growth_interval=2**31 - 1, backoff_factor=1 - 1e-12)  # 1 in float32, which the scale is kept in
-        return torch.amp.GradScaler(device.type, init_scale=args.loss_scale, enabled=enabled, **never)
-    return torch.amp.GradScaler(device.type, enabled=enabled)
-
-
 class Run:
-    """A run: model, optimizer and data, its files, and the steps from the first to the last."""
+    """A run: model, optimizer and data, its files, and the steps from the first to the last.
 
-    def __init__(self, args: Namespace, processes: dist_util.Processes, data: data_utils.Data):
+    Args:
+        args: resolved flags.
+        processes: this process's place.
+        data: on the device.
+        keep_head: whether the head of the weights it starts from is for the same classes.
+    """
+
+    def __init__(self, args: Namespace, processes: dist_util.Processes, data: data_utils.Data, keep_head: bool):
         self.args, self.processes, self.data, self.device = args, processes, data, processes.device
         self.id = options.run_id(args)
         self.config = options.model_config(args) | {"num_classes": len(data.classes)}
@@ -107,20 +85,31 @@ class Run:
 
         torch.manual_seed(args.seed)
         self.model = create_model(**self.config)
-        self.weights = load_weights(self.model, args)
+        self.weights = load_weights(self.model, args, keep_head)
         self.model.to(self.device)
+        self.statistics = dist_util.statistics_of(self.model)
+        self.average = None
+        if args.ema_decay:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
         if args.compile:
             self.model.compile()
         self.parallel = self.model
         if processes.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+            self.parallel = DistributedDataParallel(
+                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.optimizer = make_optimizer(self.model, args, self.device)
-        self.scaler = make_scaler(args, self.device, self.precision)
+        self.scaler = make_scaler(args.loss_scale, self.device, self.precision)
         self.augment = Augment(
-            args.img_size, args.mean, args.std, interpolation=args.interpolation,
-            scale=args.scale, flip=args.flip, pad=args.pad, device=self.device,
+            args.img_size, args.mean, args.std, interpolation=args.interpolation, scale=args.scale, flip=args.flip,
+            pad=args.pad, rotation=args.rotation, operations=args.operations, aug_prob=args.aug_prob,
+            reprob=args.reprob, device=self.device,
         )  # fmt: skip
+        self.mix = None
+        if args.mixup or args.cutmix:
+            odds = dict(prob=args.mixup_prob, switch_prob=args.mixup_switch_prob)
+            self.mix = Mix(len(data.classes), mixup=args.mixup, cutmix=args.cutmix, **odds)
         self.eval_augment = eval_augment(vars(args), self.device)
 
         self.step = 0  # updates done
@@ -141,11 +130,11 @@ class Run:
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
 
-    def save(self, suffix: str, **more) -> None:
+    def save(self, suffix: str, model: torch.nn.Module, **more) -> None:
         """Write a checkpoint that eval.py can rebuild the model from, and `more`."""
         if self.processes.main:
             facts = dict(
-                model=self.model.state_dict(),
+                model=model.state_dict(),
                 config=self.config,
                 classes=self.data.classes,
                 args=vars(self.args),
@@ -160,6 +149,8 @@ class Run:
         self.check_finite()
         self.save(
             "_last.bin",
+            self.model,
+            average=self.average and self.average.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             best=self.best,
@@ -179,6 +170,8 @@ class Run:
             return
         state = checkpoint.read_file(self.path("_last.bin"))
         self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for name in ("step", "best", "last", "loss_steps", "seconds"):
@@ -189,47 +182,25 @@ class Run:
 
     def describe(self) -> None:
         """Log the run as it is resolved, and begin its records."""
-        args, data, world = self.args, self.data, self.processes.world
-        parameters = sum(param.numel() for param in self.model.parameters() if param.requires_grad)
-        share = args.train_batch_size // args.gradient_accumulation_steps // world
+        args, data = self.args, self.data
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        chosen = "held-out images (val)" if data.selected_on == "val" else "the test set, the one that is reported"
-        info = self.log.info
-        info(f"Run {self.id}")
-        info(f"Model: {' '.join(f'{name}={value}' for name, value in self.config.items())}")
-        info(f"Total Parameter: \t{parameters / 1e6:.1f}M ({parameters:,}), {gflops(self.config):.3f} GFLOPs per image")
-        info(f"Weights: {self.weights}")
-        info(
-            f"Data: {args.dataset}, {len(data.classes)} classes, images: {len(data.train)} to train on, "
-            f"{len(data.valid)} to choose the best checkpoint by, {len(data.test)} to test on"
-        )
-        info(f"The best checkpoint is chosen on {chosen}")
-        info(f"Images: aug {args.aug}, scale {args.scale}, {args.interpolation} to {args.img_size} px")
-        info(f"Normalisation: mean {args.mean}, std {args.std}")
-        info(
-            f"Steps: {args.num_steps} = {args.epochs:.2f} epochs; warm-up {args.warmup_steps}, {args.decay_type} decay"
-        )
-        info(
-            f"Batch: {args.train_batch_size} = {share} per process and pass "
-            f"x {args.gradient_accumulation_steps} accumulation steps x {world} processes"
-        )
-        info(
-            f"Optimizer: {args.opt}, learning rate {args.learning_rate:g} (from {args.warmup_lr:g} to {args.min_lr:g}), "
-            f"weight decay {args.weight_decay:g}, clip {args.max_grad_norm:g}, label smoothing {args.smoothing:g}"
-        )
-        info(f"Precision: {self.precision}{self.precision_note}; {device}, torch {torch.__version__}, seed {args.seed}")
-        self.log.record(
-            event="start",
+        facts = dict(
             run_id=self.id,
-            settings=options.settings(args),
-            parameters=parameters,
+            model=self.config,
+            parameters=sum(param.numel() for param in self.model.parameters() if param.requires_grad),
+            gflops=gflops(self.config),
             images=[len(data.train), len(data.valid), len(data.test)],
             selected_on=data.selected_on,
+            processes=self.processes.world,
             precision=self.precision,
             device=device,
-            processes=world,
             torch=torch.__version__,
         )
+        for line in run_description(args, facts, self.weights, self.precision_note):
+            self.log.info(line)
+        if self.processes.world > 1 and self.statistics:
+            self.log.info("Batch statistics are each process's own; running statistics are averaged over processes")
+        self.log.record(event="start", settings=options.settings(args), **facts)
 
     # ------------------------------------------------------------ steps
 
@@ -240,9 +211,10 @@ class Run:
         self.lr = learning_rate(
             self.step + 1, base_lr=args.learning_rate, num_steps=args.num_steps, warmup_steps=args.warmup_steps,
             decay_type=args.decay_type, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
+            steps_per_epoch=args.num_steps / args.epochs if args.decay_by == "epoch" else None,
         )  # fmt: skip
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group["lr_scale"]
         total = torch.zeros((), device=self.device)
         for part in range(parts):
             images, labels = next(batches)
@@ -258,6 +230,9 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        dist_util.average_statistics(self.statistics)
+        if self.average:
+            self.average.update_parameters(self.model)
 
         self.step += 1
         self.loss_sum += total
@@ -278,20 +253,27 @@ class Run:
     def mean_over_processes(self, value: torch.Tensor) -> float:
         return dist_util.sum_over_processes(value.clone()).item() / self.processes.world
 
-    def evaluate(self, images: data_utils.ImageSet) -> dict:
+    @property
+    def candidate(self) -> torch.nn.Module:
+        """The model that is evaluated and kept: the average where there is one."""
+        return self.average.module if self.average else self.model
+
+    def evaluate(self, model: torch.nn.Module, images: data_utils.ImageSet) -> dict:
         p, args = self.processes, self.args
         batches = data_utils.eval_batches(
             images, self.eval_augment, batch_size=args.eval_batch_size,
             rank=p.rank, world=p.world, device=self.device, num_workers=args.num_workers,
         )  # fmt: skip
-        result = evaluate(self.model, batches, len(self.data.classes), self.device, self.precision)
+        result = evaluate(model, batches, len(self.data.classes), self.device, self.precision)
         self.model.train()
         return result
 
     def validate(self) -> None:
         """Evaluate, log, and keep the weights if they are the best so far."""
         self.check_finite()
-        result = self.evaluate(self.data.valid)
+        result = self.evaluate(self.candidate, self.data.valid)
+        if self.average:
+            result["raw_accuracy"] = self.evaluate(self.model, self.data.valid)["accuracy"]
         train_loss = self.mean_over_processes(self.loss_sum) / self.loss_steps
         self.loss_sum.zero_()
         self.loss_steps = 0
@@ -301,16 +283,18 @@ class Run:
         self.log.info(f"Train Loss: {train_loss:.5f}")
         self.log.info(f"Valid Loss: {result['loss']:.5f}")
         self.log.info(f"Valid Accuracy: {result['accuracy']:.5f}")
+        if self.average:
+            self.log.info(f"Accuracy of the raw weights: {result['raw_accuracy']:.5f}")
         split = self.data.selected_on
         self.log.scalars(self.step, {f"{split}/accuracy": result["accuracy"], f"{split}/loss": result["loss"]})
         if result["accuracy"] > self.best["accuracy"]:
             self.best = {"accuracy": result["accuracy"], "step": self.step}
-            self.save("_checkpoint.bin", accuracy=result["accuracy"], loss=result["loss"])
+            self.save("_checkpoint.bin", self.candidate, accuracy=result["accuracy"], loss=result["loss"])
         result.pop("confusion")
         self.log.record(
             event="eval",
             step=self.step,
-            epoch=self.step * self.args.train_batch_size / len(self.data.train),
+            epoch=self.step * self.args.epochs / self.args.num_steps,
             split=split,
             **result,
             best=self.best["accuracy"],
@@ -319,13 +303,12 @@ class Run:
             seconds=round(self.elapsed(), 2),
         )
 
-    def train(self) -> int:
+    def train(self, interrupt: dist_util.Interrupt) -> int:
         """Take all remaining steps; 0, or the conventional exit status after a signal."""
         args, p = self.args, self.processes
-        interrupt = Interrupt()
         batches = data_utils.train_batches(
             self.data.train, self.augment, seed=args.seed, start=self.step, stop=args.num_steps,
-            batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
+            batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps, ra=args.ra, mix=self.mix,
             rank=p.rank, world=p.world, device=self.device, num_workers=args.num_workers,
         )  # fmt: skip
         show = p.main and sys.stderr.isatty()
@@ -366,11 +349,11 @@ class Run:
         end = dict(best_accuracy=self.best["accuracy"], best_step=self.best["step"], last_accuracy=self.last)
         self.log.info(f"Best Accuracy: \t{self.best['accuracy']:f}")
         if self.data.selected_on == "val":
-            end["test_accuracy_last"] = self.evaluate(self.data.test)["accuracy"]
+            end["test_accuracy_last"] = self.evaluate(self.candidate, self.data.test)["accuracy"]
             if self.processes.main:
-                self.model.load_state_dict(checkpoint.read_file(self.path("_checkpoint.bin"))["model"])
-            dist_util.broadcast_model(self.model)
-            end["test_accuracy"] = self.evaluate(self.data.test)["accuracy"]
+                self.candidate.load_state_dict(checkpoint.read_file(self.path("_checkpoint.bin"))["model"])
+            dist_util.broadcast_model(self.candidate)
+            end["test_accuracy"] = self.evaluate(self.candidate, self.data.test)["accuracy"]
             self.log.info(f"Test Accuracy: \t{end['test_accuracy']:f} (last step {end['test_accuracy_last']:f})")
         self.log.info("End Training!")
         self.log.info(f"last {self.elapsed() / 60:.1f} min")
@@ -404,7 +387,7 @@ def already_done(args: Namespace) -> bool:
 def validate_only(args: Namespace, processes: dist_util.Processes, data: data_utils.Data) -> None:
     """Evaluate --load_model_dir on the test set, without writing anything."""
     model = create_model(**options.model_config(args), num_classes=len(data.classes))
-    load_weights(model, args)
+    load_weights(model, args, keep_head=True)
     wanted = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     precision, _ = dist_util.usable_precision(wanted, processes.device)
     batches = data_utils.eval_batches(
@@ -420,8 +403,13 @@ def validate_only(args: Namespace, processes: dist_util.Processes, data: data_ut
 def main(args: Namespace) -> int:
     processes = dist_util.start(args.device, args.gpu_id)
     torch.set_float32_matmul_precision("high")
+    source = checkpoint.facts_of(args.pretrained_dir or args.load_model_dir)
+    options.resolve_normalization(args, source.get("args"))
     with dist_util.first_on_each_node(processes):
         data = data_utils.load_data(args, train=not args.validate)
+    same_classes = source.get("classes", data.classes) == data.classes
+    if args.load_model_dir and not same_classes:
+        raise UserError(f"{args.load_model_dir} has other classes than {args.dataset}; fine-tune with --pretrained_dir")
     data_utils.to_device(data, processes.device)
     if args.validate:
         validate_only(args, processes, data)
@@ -432,10 +420,11 @@ def main(args: Namespace) -> int:
     dist_util.barrier()
     if already_done(args):
         return 0
-    run = Run(args, processes, data)
+    run = Run(args, processes, data, keep_head=same_classes)
     run.begin_or_resume()
     try:
-        return run.train()
+        with dist_util.Interrupt() as interrupt:
+            return run.train(interrupt)
     except NonFinite as error:
         run.log.info(f"Stopped: {error}")
         return 3

@@ -186,7 +186,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """Image (b, c, h, w) -> attention after the softmax of all blocks and heads, (b, depth, heads, 1 + n, 1 + n)."""
+        """Image (b, c, h, w) -> attention of every block and head after softmax, (b, depth, heads, 1 + n, 1 + n)."""
         x = self.embed(x)
         maps = []
         for block in self.blocks:

@@ -71,11 +71,11 @@ def central_boxes(sizes: torch.Tensor, crop_pct: float) -> torch.Tensor:
 def _filter(x: torch.Tensor, interpolation: str) -> torch.Tensor:
     """The triangle (bilinear), or Keys' cubic with a = -1/2 that Pillow and torchvision's antialiased resize use."""
     x = x.abs()
+    near = (1 - x).clamp_(min=0)
     if interpolation == "bilinear":
-        return (1 - x).clamp_(min=0)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+        return near
+    far = (2 - x).clamp_(min=0)  # the cubic as a spline with knots at 1 and 2: no branches
+    return (0.5 * far - 0.5).mul_(far).mul_(far) + (1 - 2 * near).mul_(near).mul_(near)
 
 
 def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_size: int, interpolation: str):
@@ -90,13 +90,18 @@ def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_
     Returns:
         (b, out_size, in_size) float32, rows that sum to 1 and are zero outside the interval.
     """
-    start, length = start.float()[:, None, None], length.float()[:, None, None]
-    scale = length / out_size
-    pixel = torch.arange(in_size, device=start.device) + 0.5
-    centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale
-    weights = _filter((pixel - centre) / scale.clamp(min=1), interpolation)
-    weights = weights * ((pixel > start) & (pixel < start + length))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length.float() / out_size
+    stretch = scale.clamp(min=1)
+    reach = 1 if interpolation == "bilinear" else 2
+    centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale  # (b, out, 1)
+    count = min(in_size, math.ceil(2 * reach * max(1, in_size / out_size)) + 1)  # pixels that a filter can touch
+    pixel = (centre - reach * stretch).floor() + torch.arange(count, device=start.device)
+    weights = _filter((pixel + 0.5 - centre).div_(stretch), interpolation)
+    weights *= (pixel >= start) & (pixel < start + length)
+    weights.div_(weights.sum(dim=-1, keepdim=True))
+    whole = weights.new_zeros(len(start), out_size, in_size)  # sums below are of one number and zeros, thus exact
+    return whole.scatter_add_(2, pixel.clamp_(0, in_size - 1).long(), weights)
 
 
 def crop_flip_resize(
@@ -117,12 +122,11 @@ def crop_flip_resize(
     columns = resize_weights(left, width, images.shape[3], size, interpolation)
     if flips is not None:
         columns = torch.where(flips[:, None, None], columns.flip(1), columns)
-    x = images.float() @ rearrange(columns, "b o i -> b 1 i o")
+    x = rearrange(images.float(), "b c h w -> b (c h) w") @ rearrange(columns, "b o i -> b i o")
     if interpolation == "bilinear":
-        return rows[:, None] @ x
-    return (rows[:, None] @ x.clamp_(0, 255)).clamp_(
-        0, 255
-    )  # the cubic overshoots; Pillow cuts off after each pass too
+        return rows[:, None] @ rearrange(x, "b (c h) o -> b c h o", h=images.shape[2])
+    x = rearrange(x.clamp_(0, 255), "b (c h) o -> b c h o", h=images.shape[2])
+    return (rows[:, None] @ x).clamp_(0, 255)  # the cubic overshoots; Pillow cuts off after each pass too
 
 
 def shift(images: torch.Tensor, offsets: torch.Tensor, pad: int) -> torch.Tensor:
@@ -246,41 +250,47 @@ class Augment:
             params: from `draw`, for these images; without 'box' they must be size x size already.
         """
         chosen, params = params, {name: value.to(images.device, non_blocking=True) for name, value in params.items()}
-        flips, boxes = params.get("flip"), params.get("box")
         if "offset" in params:
             images = shift(images, params["offset"], self.pad)
-        if boxes is None:
-            x = images.float()
-            if flips is not None:
-                x = torch.where(flips[:, None, None, None], x.flip(-1), x)
-        else:
-            x = crop_flip_resize(images, boxes, flips, self.size, self.interpolation)
+        # on a CPU by parts that fit its cache: 256 images of 32 px take 3.1 instead of 5.6 ms
+        step = 64 if images.device.type == "cpu" else max(1, len(images))
+        parts = (slice(i, i + step) for i in range(0, max(1, len(images)), step))
+        x = torch.cat([self._place(images[part], params.get("box"), params.get("flip"), part) for part in parts])
         if "angle" in params:
             x = rotate(x, params["angle"])
         if "operation" in params:  # grouped by what is chosen on the CPU, so that a GPU need not be asked
-            x = x.round().byte().expand(-1, 3, -1, -1)
-            x = randaugment.operate(x, chosen["operation"], chosen["value"], self.fill)
-        x = torch.addcmul(self.bias, x, self.factor)
+            x = randaugment.operate(x.expand(-1, 3, -1, -1), chosen["operation"], chosen["value"], self.fill)
+        x = (x.float() * self.factor).add_(self.bias)
         if "erase" in params:
             index = chosen["erase"][:, 2].nonzero()[:, 0].to(x.device, non_blocking=True)
             noise = self.noise[params["noise"][index]].view(-1, *x.shape[1:])
             x[index] = torch.where(inside(params["erase"][index], self.size), noise, x[index])
         return x
 
+    def _place(
+        self, images: torch.Tensor, boxes: torch.Tensor | None, flips: torch.Tensor | None, part: slice
+    ) -> torch.Tensor:
+        """Cut, mirror and resize a part of the batch; to whole levels where operations follow, to float32 otherwise."""
+        flips = None if flips is None else flips[part]
+        if boxes is not None:
+            images = crop_flip_resize(images, boxes[part], flips, self.size, self.interpolation)
+        elif flips is not None:
+            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
+        return (images + 0.5).byte() if self.operations else images.float()
+
 
 class Mix:
     """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899), at most one of them a batch, the same for all its images.
 
-    Images are mixed with their neighbours, 0 with 1, 2 with 3 and so on (the batch is in random order), so any even
-    part of a batch can be mixed by itself and gives what the whole batch would.
+    Images are mixed with their neighbours, 0 with 1, 2 with 3 and so on (a batch is in random order), so that any even
+    part of a batch comes out as it would within the whole.
 
     Args:
         num_classes: length of the targets.
-        size: side of the images in pixels.
         mixup, cutmix: both parameters of the Beta distribution of an image's own share; 0 turns that kind off.
         prob: of mixing a batch at all.
         switch_prob: of cutmix, where both are on.
-        smoothing: label smoothing of the targets; 0 where the loss does it, which is the same.
+        smoothing: label smoothing of the targets; 0 where the loss smooths them, which is the same.
 
     Raises:
         ValueError: both kinds are off.
@@ -289,7 +299,6 @@ class Mix:
     def __init__(
         self,
         num_classes: int,
-        size: int,
         *,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -298,68 +307,53 @@ class Mix:
         smoothing: float = 0.0,
     ):
         if not mixup and not cutmix:
-            raise ValueError("mixup and cutmix are both 0, nothing to mix with")
-        self.num_classes, self.size, self.smoothing = num_classes, size, smoothing
+            raise ValueError("mixup and cutmix are both 0, there is nothing to mix by")
+        self.num_classes, self.smoothing = num_classes, smoothing
         self.mixup, self.cutmix, self.prob, self.switch_prob = mixup, cutmix, prob, switch_prob
 
-    def draw(self, b: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Parameters of a batch, on the CPU, the same in every row.
+    def draw(self, size: tuple[int, int], generator: torch.Generator) -> tuple[float, tuple[int, int, int, int] | None]:
+        """An image's own share, and for cutmix the box (top, left, bottom, right) that its neighbour fills.
 
         Args:
-            b: images.
+            size: height and width of the images.
             generator: on the CPU.
-
-        Returns:
-            mix_box: (b, 4) top, left, height, width of the part that is mixed.
-            mix_keep: (b,) share that an image's own pixels keep in there.
-            mix_label: (b,) share that its own label keeps.
         """
         rng = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator)))  # torch has no seeded Beta
-        box, keep, label = (0, 0, self.size, self.size), 1.0, 1.0
-        mixed, cut = rng.random() < self.prob, rng.random() < self.switch_prob
-        if mixed and self.cutmix and (cut or not self.mixup):
-            box = self._cut(1 - rng.beta(self.cutmix, self.cutmix), rng)
-            keep, label = 0.0, 1 - box[2] * box[3] / self.size**2
-        elif mixed:
-            keep = label = rng.beta(self.mixup, self.mixup)
-        return {
-            "mix_box": torch.tensor(box).expand(b, 4),
-            "mix_keep": torch.tensor(keep, dtype=torch.float32).expand(b),
-            "mix_label": torch.tensor(label, dtype=torch.float32).expand(b),
-        }
-
-    def _cut(self, area: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """A square of `area` (part of the image) around a random pixel; what lies outside the image is cut off."""
-        side = int(self.size * math.sqrt(area))
-        low = rng.integers(self.size, size=2) - side // 2
-        top, left = np.maximum(low, 0).tolist()
-        bottom, right = np.minimum(low + side, self.size).tolist()
-        return top, left, bottom - top, right - left
+        if rng.random() >= self.prob:
+            return 1.0, None
+        if not self.cutmix or (self.mixup and rng.random() >= self.switch_prob):
+            return rng.beta(self.mixup, self.mixup), None
+        part = math.sqrt(1 - rng.beta(self.cutmix, self.cutmix))
+        centre, side = rng.integers(size), (np.array(size) * part).astype(int)
+        top, left = np.maximum(centre - side // 2, 0).tolist()
+        bottom, right = np.minimum(centre + (side + 1) // 2, size).tolist()
+        return 1 - (bottom - top) * (right - left) / (size[0] * size[1]), (top, left, bottom, right)
 
     @torch.no_grad()
     def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, params: dict[str, torch.Tensor]
+        self, images: torch.Tensor, labels: torch.Tensor, share: float, box: tuple[int, int, int, int] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixed images and targets (b, num_classes) float32 that sum to 1.
+        """Mixed images, and targets (b, num_classes) float32 that sum to 1.
 
         Args:
-            images: (b, c, size, size) float.
+            images: (b, c, h, w) float.
             labels: (b,) int64.
-            params: from `draw`, for these images.
+            share, box: from `draw`.
 
         Raises:
             ValueError: an odd number of images.
         """
         if len(images) % 2:
-            raise ValueError(
-                f"{len(images)} images can't be mixed in pairs; the images of a process and pass must be even"
-            )
-        box, keep, label = (
-            params[name].to(images.device, non_blocking=True) for name in ("mix_box", "mix_keep", "mix_label")
-        )
-        keep = torch.where(inside(box, self.size), keep[:, None, None, None], 1.0)
+            raise ValueError(f"{len(images)} images don't make pairs; each process and pass needs an even number")
         targets = F.one_hot(labels, self.num_classes) * (1 - self.smoothing) + self.smoothing / self.num_classes
-        return torch.lerp(_neighbours(images), images, keep), torch.lerp(_neighbours(targets), targets, label[:, None])
+        targets = torch.lerp(_neighbours(targets), targets, share)
+        if box:
+            top, left, bottom, right = box
+            images = images.clone()
+            images[..., top:bottom, left:right] = _neighbours(images[..., top:bottom, left:right])
+        elif share < 1:
+            images = torch.lerp(_neighbours(images), images, share)
+        return images, targets
 
 
 def _neighbours(x: torch.Tensor) -> torch.Tensor:

@@ -240,7 +240,19 @@ def _zero_head(target: dict[str, torch.Tensor]) -> None:
             target[name] = torch.zeros_like(target[name])
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike) -> LoadReport:
+def facts_of(path: str | os.PathLike | None) -> dict:
+    """What a checkpoint of train.py says of itself, without its tensors; {} for any other file, or none.
+
+    Raises:
+        UserError: a damaged or unsafe file.
+    """
+    if not path or _is_npz(Path(path)) or Path(path).suffix == ".safetensors":
+        return {}
+    state = read_file(path)
+    return {name: state[name] for name in ("args", "classes") if name in state} if isinstance(state, dict) else {}
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike, keep_head: bool = True) -> LoadReport:
     """Copy a weight file's tensors into a model of the same sizes.
 
     The position embedding is resampled to the model's grid; a head of another number of classes starts anew, at zero;
@@ -249,6 +261,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> LoadReport:
     Args:
         model: one of `create_model`.
         path: a file of any kind that `read_weights` reads.
+        keep_head: False starts the head anew even if it fits, as for other classes of the same number.
 
     Returns:
         What was loaded, resized, re-initialised and left over.
@@ -259,32 +272,29 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> LoadReport:
     state, target, report = read_weights(path), dict(model.state_dict()), LoadReport()
     if _depth(state) and _depth(state) != _depth(target):
         raise UserError(f"{path}: has {_depth(state)} blocks, the model {_depth(target)}; another --model_type?")
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, tensor in target.items():
         value = state.pop(name, None)
-        if value is None:
+        same_shape = value is not None and value.shape == tensor.shape
+        if value is None or (name.startswith("head.") and not (keep_head and same_shape)):
             report.reinitialised.append(name)
-        elif name == "pos_embed" and value.ndim == 3 and value.shape[2] == tensor.shape[2]:
-            if value.shape == tensor.shape:
-                report.loaded.append(name)
-            else:
-                prefix = tensor.shape[1] - model.grid[0] * model.grid[1]
-                try:
-                    value = resize_pos_embed(value, model.grid, prefix)
-                except ValueError as error:
-                    raise UserError(f"{path}: {error}") from None
-                report.resized.append(name)
-            target[name] = value
-        elif value.shape == tensor.shape:
+        elif same_shape:
             report.loaded.append(name)
             target[name] = value
-        elif name.startswith("head."):
-            report.reinitialised.append(name)
+        elif name in fixed:  # a table that follows from the sizes
+            report.ignored.append(name)
+        elif name == "pos_embed" and value.ndim == 3 and value.shape[2] == tensor.shape[2]:
+            report.resized.append(name)
+            try:
+                target[name] = resize_pos_embed(value, model.grid, tensor.shape[1] - model.grid[0] * model.grid[1])
+            except ValueError as error:
+                raise UserError(f"{path}: {error}") from None
         else:
             shapes = f"{tuple(value.shape)} in the file, {tuple(tensor.shape)} in the model"
             raise UserError(f"{path}: {name} is {shapes}; another --model_type, --patch_size or size?")
     if any(name.startswith("head.") for name in report.reinitialised):
         _zero_head(target)
-    report.ignored = list(state)
+    report.ignored += state
     # Parameters only: a BatchNorm that starts fresh has more buffers than that.
     body = {name for name, _ in model.named_parameters() if not name.startswith("head.")}
     found = len(body.intersection(report.loaded + report.resized))

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resized_crop
 
-from utils.augment import Augment
+from utils.augment import Augment, Mix
 from utils.options import UserError
 from utils.readers import FASHION_CLASSES, MINI, Files, ImageSet, download, idx_set, image_folder, named, read_image
 
@@ -49,7 +49,7 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-ORDER, AUGMENT, HOLD_OUT, DROPOUT = range(4)  # purposes
+ORDER, AUGMENT, HOLD_OUT, DROPOUT, MIX = range(5)  # purposes
 
 
 def generator(*key: int) -> torch.Generator:
@@ -61,12 +61,23 @@ def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=generator(seed, ORDER, epoch))
 
 
-def batch_index(step: int, batch_size: int, n: int, seed: int) -> torch.Tensor:
+def batch_index(step: int, batch_size: int, n: int, seed: int, ra: int = 1) -> torch.Tensor:
     """Images of update `step` (from 0), (batch_size,): the next ones of an endless row of shuffled epochs.
 
-    So every batch is full and every image is seen once an epoch, whatever n and batch_size are.
+    So every batch is full and every image is seen once an epoch, whatever n and batch_size are. With repeated
+    augmentation (arXiv 1901.09335) each image of the row comes `ra` times; an epoch is then n x ra images long, as in
+    the multiscale study (DeiT's ends after n, a part of the set). A batch lists its first copies, then its second ones, and so on, each list
+    begun one further, so that copies fall to different processes and mixing hardly ever pairs them.
     """
-    position, parts, missing = step * batch_size, [], batch_size
+    first, last = step * batch_size // ra, ((step + 1) * batch_size - 1) // ra
+    row = _row(first, last + 1 - first, n, seed)
+    copies = row[torch.arange(step * batch_size, (step + 1) * batch_size) // ra - first]
+    return torch.cat([copies[k::ra].roll(-k) for k in range(ra)])
+
+
+def _row(position: int, missing: int, n: int, seed: int) -> torch.Tensor:
+    """`missing` images from `position` on of the endless row of shuffled epochs."""
+    parts = []
     while missing:
         epoch, offset = divmod(position, n)
         part = _permutation(n, seed, epoch)[offset : offset + missing]
@@ -148,25 +159,43 @@ def train_batches(
     accumulation: int = 1,
     rank: int = 0,
     world: int = 1,
+    ra: int = 1,
+    mix: Mix | None = None,
     device: torch.device,
     num_workers: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of the updates start..stop-1, `accumulation` of them an update, this process's share.
 
+    Args:
+        stop: updates of the whole training, which the augmentation's progress counts to.
+        ra: copies of each image in a row, differently augmented.
+        mix: mixup and cutmix, for all images of an update alike.
+
     Yields:
-        images (batch_size / accumulation / world, 3, size, size) float32 and labels (...,) int64, on the device.
+        images (batch_size / accumulation / world, 3, size, size) float32 and labels (...,) int64, on the device;
+        with `mix`, targets (..., classes) float32 instead of labels.
     """
     share = batch_size // world
 
     def plan():
         sizes = data.sizes
         for step in range(start, stop):
-            index = batch_index(step, batch_size, len(data), seed)
-            params = augment.draw(sizes[index], generator(seed, AUGMENT, step))
+            index = batch_index(step, batch_size, len(data), seed, ra)
+            epoch_length = len(data) * ra
+            progress = step * batch_size // epoch_length * epoch_length / (stop * batch_size)
+            params = augment.draw(sizes[index], generator(seed, AUGMENT, step), progress)
             for part in torch.arange(rank * share, (rank + 1) * share).chunk(accumulation):
                 yield index[part], {name: value[part] for name, value in params.items()}
 
-    return _load(data, plan(), augment, device, num_workers)
+    batches = _load(data, plan(), augment, device, num_workers)
+    return _mixed(batches, mix, augment.size, seed, start, accumulation) if mix else batches
+
+
+def _mixed(batches: Iterator, mix: Mix, size: int, seed: int, start: int, accumulation: int) -> Iterator:
+    """Mix what `_load` yields, the `accumulation` batches of an update by the same share and box."""
+    for i, (images, labels) in enumerate(batches):
+        step = start + i // accumulation
+        yield mix(images, labels, *mix.draw((size, size), generator(seed, MIX, step)))
 
 
 def eval_batches(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from utils.options import UserError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,24 @@ def largest(value: int) -> int:
     return int(tensor)
 
 
+class Interrupt:
+    """Turns the first of SIGNALS into a request to save and leave after the step; a second one leaves at once."""
+
+    def __enter__(self) -> "Interrupt":
+        self.signum = 0
+        self.before = {signum: signal.signal(signum, self) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def __call__(self, signum, frame):
+        self.signum = signum
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def first_on_each_node(processes: Processes):
     """Run the body on each node's first process, then on its others: what the first one writes, the others find."""
@@ -125,6 +146,23 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision for the forward pass; nothing for 'fp32'."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def statistics_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Floating-point buffers that training changes and checkpoints keep, such as BatchNorm's running statistics."""
+    parameters = {name for name, _ in model.named_parameters()}
+    state = model.state_dict()
+    return [state[name] for name in state if name not in parameters and state[name].is_floating_point()]
+
+
+def average_statistics(buffers: list[torch.Tensor]) -> None:
+    """Make the processes agree on running statistics, each of which saw a part of the batch."""
+    if dist.is_initialized() and buffers:
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 def broadcast_model(model: torch.nn.Module) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -76,6 +77,42 @@ class RunLog:
     def close(self) -> None:
         if self.board:
             self.board.close()
+
+
+def run_description(args: Namespace, facts: dict, weights: str, precision_note: str) -> list[str]:
+    """A run as it is resolved, for the log, before its first step.
+
+    Args:
+        args: resolved flags.
+        facts: run_id, model, parameters, gflops, images, selected_on, processes, precision, device, torch.
+        weights: where the first weights come from.
+        precision_note: why the precision isn't the one asked for, or ''.
+    """
+    parts, processes = args.gradient_accumulation_steps, facts["processes"]
+    train, valid, test = facts["images"]
+    on_test = facts["selected_on"] == "test"
+    chosen = "the test images, the same that are reported" if on_test else f"{valid} held-out images (val)"
+    return [
+        f"Run {facts['run_id']}",
+        f"Model: {' '.join(f'{name}={value}' for name, value in facts['model'].items())}",
+        f"Total Parameter: \t{facts['parameters'] / 1e6:.1f}M ({facts['parameters']:,}), "
+        f"{facts['gflops']:.3f} GFLOPs per image",
+        f"Weights: {weights}",
+        f"Data: {args.dataset}, {facts['model']['num_classes']} classes, {train} training and {test} test images; "
+        f"the best checkpoint is chosen on {chosen}",
+        f"Augmentation: {args.aug}, scale {args.scale}, {args.interpolation} to {args.img_size} px, "
+        f"erasing {args.reprob:g}, {args.ra} copies of an image; evaluation crop {args.crop_pct:g}",
+        f"Mixing: mixup {args.mixup:g}, cutmix {args.cutmix:g}, probability {args.mixup_prob:g}, "
+        f"of cutmix {args.mixup_switch_prob:g}",
+        f"Normalisation: mean {args.mean}, std {args.std}",
+        f"Steps: {args.num_steps} = {args.epochs:.2f} epochs; warm-up {args.warmup_steps} steps, "
+        f"then {args.decay_type} decay by {args.decay_by}",
+        f"Batch: {args.train_batch_size} = {args.train_batch_size // parts // processes} per process and pass "
+        f"x {parts} accumulation steps x {processes} processes",
+        f"Optimizer: {args.opt}, learning rate {args.learning_rate:g} (from {args.warmup_lr:g}, to {args.min_lr:g}), "
+        f"weight decay {args.weight_decay:g}, clip {args.max_grad_norm:g}, label smoothing {args.smoothing:g}",
+        f"Precision: {facts['precision']}{precision_note}; {facts['device']}, torch {facts['torch']}, seed {args.seed}",
+    ]
 
 
 def read_records(path: Path) -> list[dict]:

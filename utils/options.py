@@ -24,6 +24,9 @@ AUGS = {
     "pad": dict(pad=4, flip=True, interpolation="bilinear"),
     "crop": dict(scale=(0.05, 1.0), interpolation="bilinear"),
     "weak": dict(scale=(1.0, 1.0), flip=True, interpolation="bicubic"),
+    "strong": dict(scale=(0.8, 1.0), flip=True, operations="randaugment", interpolation="bicubic"),
+    "dems": dict(scale=(0.2, 1.0), flip=True, operations="jitter", aug_prob=0.6, interpolation="bicubic"),
+    "keras": dict(scale=(0.8, 1.0), flip=True, rotation=7.2, interpolation="bilinear"),  # RandomRotation(0.02)
 }
 
 # Flags that may differ between a run and its continuation, as they don't change what is computed.
@@ -159,14 +162,21 @@ def train_parser(model_types, norm_types) -> Parser:
     _add_data_flags(g, "cifar10")
     g.add_argument("--val_fraction", type=rate, default=0.0, help="part of the training images held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do [0]")
     g.add_argument("--img_size", type=positive_int, default=224, help="side in pixels that images are resized to [224]")
-    g.add_argument("--normalize", choices=NORMALIZE, default="half", help="mean and std of the pixels [half: to -1..1]")
+    g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the checkpoint that is loaded, else half: to -1..1]")
     g.add_argument("--mean", type=float, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
     g.add_argument("--std", type=positive, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
 
     g = p.add_argument_group("augmentation")
-    g.add_argument("--aug", choices=AUGS, default="crop", help="none; flip; pad: 4 pixels, crop back, flip; crop: random resized crop; weak: crop of the whole area at another ratio, flip [crop]")
-    g.add_argument("--scale", type=_number(float, 0, 1, open_low=True), nargs=2, default=None, metavar=("LO", "HI"), help="area of the random resized crop, of the image [0.05 1 for crop]")
-    g.add_argument("--interpolation", choices=["bilinear", "bicubic"], default=None, help="[bicubic for weak, else bilinear]")
+    g.add_argument("--aug", choices=AUGS, default="crop", help="none; flip; pad: 4 pixels, crop back, flip; crop: random resized crop; weak: crop of the whole area at another ratio, flip; strong: crop, flip, RandAugment; dems: crop, flip, colour jitter, grayscale, solarise, rarer towards the end; keras: crop, flip, rotation by up to 7.2 degrees [crop]")
+    g.add_argument("--scale", type=_number(float, 0, 1, open_low=True), nargs=2, default=None, metavar=("LO", "HI"), help="area of the random resized crop, of the image [0.05 1 for crop, 1 1 for weak, 0.8 1 for strong and keras, 0.2 1 for dems]")
+    g.add_argument("--interpolation", choices=["bilinear", "bicubic"], default=None, help="[bicubic for weak, strong and dems, else bilinear]")
+    g.add_argument("--aug_prob", type=fraction, default=None, help="of dems' jitter, grayscale and solarise, each, in the first epoch; falls to 0 as half a cosine [0.6 for dems]")
+    g.add_argument("--reprob", type=fraction, default=0.0, help="probability of random erasing with noise, per image [0]")
+    g.add_argument("--mixup", type=non_negative, default=0.0, metavar="ALPHA", help="Beta parameter of mixup; 0 turns it off [0]")
+    g.add_argument("--cutmix", type=non_negative, default=0.0, metavar="ALPHA", help="Beta parameter of cutmix; 0 turns it off [0]")
+    g.add_argument("--mixup_prob", type=fraction, default=1.0, help="probability of mixing, per update [1]")
+    g.add_argument("--mixup_switch_prob", type=fraction, default=0.5, help="probability of cutmix rather than mixup where both are on [0.5]")
+    g.add_argument("--ra", type=positive_int, default=1, metavar="N", help="repeated augmentation: each image comes N times in a row, differently augmented; an epoch is N times as long [1]")
     g.add_argument("--crop_pct", type=_number(float, 0, 1, open_low=True), default=1.0, help="evaluation resizes the short side to img_size / crop_pct and cuts the centre; 1 takes the whole image, stretched to a square [1]")
 
     g = p.add_argument_group("model")
@@ -174,6 +184,9 @@ def train_parser(model_types, norm_types) -> Parser:
     g.add_argument("--norm_type", choices=norm_types, default="LN", help="[LN]")
     for name, text in (("patch_size", "pixels"), ("dim", "width"), ("depth", "blocks"), ("heads", "attention heads"), ("mlp_dim", "hidden width of the MLPs")):
         g.add_argument(f"--{name}", type=positive_int, default=None, help=f"{text}, instead of the model type's")
+    g.add_argument("--merge_num", type=positive_int, nargs="+", default=None, help="DEMS: tokens that a region keeps at each merge [64 64 for Ti, 64 32 for S]")
+    g.add_argument("--merge_layer", type=positive_int, nargs="+", default=None, help="DEMS: the blocks, counted from 1, that the merges come before [6 10]")
+    g.add_argument("--img_sizes", type=positive_int, nargs="+", default=None, help="MViT: sides in pixels of the scales, the last is --img_size [half of it, and itself]")
     g.add_argument("--dropout", type=rate, default=None, help="after the embeddings and both MLP layers [the model's: 0.1 for ViT]")
     g.add_argument("--attn_drop", type=rate, default=0.0, help="dropout of attention weights [0]")
     g.add_argument("--drop_path", type=rate, default=0.0, help="stochastic depth of the last block [0]")
@@ -193,7 +206,11 @@ def train_parser(model_types, norm_types) -> Parser:
     g.add_argument("--warmup_steps", action=Replaces, const="warmup_epochs", type=count, default=None, help="steps of linear warm-up [500, or a tenth of a run of 500 steps or fewer]")
     g.add_argument("--warmup_epochs", action=Replaces, const="warmup_steps", type=non_negative, default=None, help="the same in epochs, instead of --warmup_steps")
     g.add_argument("--decay_type", choices=["cosine", "linear"], default="cosine", help="after the warm-up [cosine]")
-    g.add_argument("--weight_decay", type=non_negative, default=0.0, help="on every parameter [0]")
+    g.add_argument("--decay_by", choices=["step", "epoch"], default="step", help="the learning rate changes at every step, or once an epoch [step]")
+    g.add_argument("--weight_decay", type=non_negative, default=0.0, help="on all parameters but those that a model exempts, as its position embeddings [0]")
+    g.add_argument("--disable_weight_decay_on_bias_norm", action="store_true", help="no weight decay on biases and norms either")
+    g.add_argument("--layer_decay", type=_number(float, 0, 1, open_low=True), default=1.0, help="learning rate of each block, as a factor of that of the block above [1]")
+    g.add_argument("--ema_decay", type=rate, default=0.0, help="average the weights exponentially with this decay; the average is what is evaluated and kept, the raw weights are scored beside it; 0 turns it off [0]")
     g.add_argument("--max_grad_norm", type=non_negative, default=1.0, help="gradients are clipped to this norm; 0 turns it off [1]")
     g.add_argument("--smoothing", "--label_smoothing", type=rate, default=0.0, help="label smoothing [0]")
 
@@ -239,9 +256,10 @@ def parse_train_args(argv: list[str] | None, model_types, norm_types, check_size
     args.flip, args.pad = preset.get("flip", False), preset.get("pad", 0)
     args.scale = list(args.scale or preset["scale"]) if "scale" in preset else None
     args.interpolation = args.interpolation or preset["interpolation"]
-    if args.mean is None:
-        args.mean, args.std = NORMALIZE[args.normalize]
-    args.mean, args.std = list(args.mean), list(args.std)
+    args.operations, args.rotation = preset.get("operations"), preset.get("rotation", 0.0)
+    args.aug_prob = preset.get("aug_prob", 0.0) if args.aug_prob is None else args.aug_prob
+    if args.normalize and args.mean is None:
+        args.mean, args.std = map(list, NORMALIZE[args.normalize])
     return args
 
 
@@ -263,7 +281,14 @@ def check(args: argparse.Namespace) -> None:
     if args.scale and args.scale[0] > args.scale[1]:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the first is above the second")
     if args.scale and "scale" not in AUGS[args.aug]:
-        raise UserError(f"--scale has no meaning with --aug {args.aug}; use --aug crop or weak")
+        raise UserError(f"--scale has no meaning with --aug {args.aug}; use --aug crop, weak, strong, dems or keras")
+    if args.aug_prob is not None and "aug_prob" not in AUGS[args.aug]:
+        raise UserError(f"--aug_prob has no meaning with --aug {args.aug}; use --aug dems")
+    if (args.mixup or args.cutmix) and args.train_batch_size // parts % 2:
+        share = f"{args.train_batch_size} / {parts} = {args.train_batch_size // parts}"
+        raise UserError(f"--mixup and --cutmix need an even number of images per process and pass, not {share}")
+    if args.ra > args.train_batch_size:
+        raise UserError(f"--ra {args.ra} is more than --train_batch_size {args.train_batch_size}")
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 exclude each other")
     if args.pretrained_dir and args.load_model_dir:
@@ -286,13 +311,20 @@ def check_warmup(warmup_steps: int, num_steps: int) -> None:
         )
 
 
+def resolve_normalization(args: argparse.Namespace, checkpoint_args: dict | None) -> None:
+    """Without a flag, pixels are normalised as in the checkpoint that the run starts from, or to -1..1."""
+    if args.mean is None:
+        half = dict(zip(("mean", "std"), map(list, NORMALIZE["half"]), strict=True))
+        args.mean, args.std = ((checkpoint_args or half)[name] for name in ("mean", "std"))
+
+
 def resolve_steps(args: argparse.Namespace, images: int) -> None:
     """Fill in num_steps, epochs and warmup_steps now that the number of training images is known.
 
     Raises:
         UserError: the warm-up is not shorter than the run.
     """
-    per_epoch = images / args.train_batch_size
+    per_epoch = images * args.ra / args.train_batch_size
     if args.num_steps is None:
         args.num_steps = max(1, round(args.epochs * per_epoch))
     args.epochs = args.num_steps / per_epoch
@@ -313,8 +345,10 @@ def run_id(args: argparse.Namespace) -> str:
 
 def model_config(args: argparse.Namespace) -> dict:
     """Arguments of `create_model` that the flags ask for; `num_classes` comes with the data."""
-    names = ("patch_size", "dim", "depth", "heads", "mlp_dim", "dropout", "attn_drop", "drop_path")
+    names = "patch_size dim depth heads mlp_dim merge_num merge_layer dropout attn_drop drop_path".split()
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.img_sizes:
+        overrides["image_sizes"] = args.img_sizes
     return dict(model_type=args.model_type, norm_type=args.norm_type, image_size=args.img_size, **overrides)
 
 

@@ -5,7 +5,6 @@ levels (hue: torchvision's on tensors). The images of a batch are grouped by ope
 pass; the groups are formed on the CPU, where the operations were drawn, so a GPU is never waited for.
 """
 
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -26,8 +25,8 @@ def blend(base: torch.Tensor | float, images: torch.Tensor, factor: torch.Tensor
 
 
 def auto_contrast(images: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    low, high = images.flatten(2).float().aminmax(dim=2)
-    low, spread = low[..., None, None], (high - low)[..., None, None]
+    low = images.amin(dim=(2, 3), keepdim=True).float()
+    spread = images.amax(dim=(2, 3), keepdim=True) - low
     stretched = (images - low).mul_(255).div_(spread.clamp(min=1)).byte()
     return torch.where(spread > 0, stretched, images)
 
@@ -55,7 +54,7 @@ def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
 
 
 def solarize_add(images: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
-    return torch.where(images < 128, (images + amount).clamp_(max=255).byte(), images)
+    return torch.where(images < 128, images + amount.byte(), images)  # at most 127 + 110, no overflow
 
 
 def color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -73,7 +72,8 @@ def brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     x = images.float()
     smooth, inner = x.clone(), x[..., 1:-1, 1:-1]  # 3x3, centre 5, all else 1; the border stays
-    around = F.avg_pool2d(x, 3, stride=1, divisor_override=1)
+    around = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+    around = around[..., :-2] + around[..., 1:-1] + around[..., 2:]
     smooth[..., 1:-1, 1:-1] = ((around + 4 * inner) / 13 + 0.5).floor_()
     return blend(smooth, x, factor)
 
@@ -103,31 +103,11 @@ COLOUR = {
     "Brightness": brightness,
     "Sharpness": sharpness,
 }
-GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
-OPERATIONS = (*COLOUR, *GEOMETRIC)  # an operation's number is its place here; -1 stands for none
+OPERATIONS = (*COLOUR, "Rotate", "ShearX", "TranslateX", "ShearY", "TranslateY")  # in the order of their numbers
+NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 
 # ---------------------------------------------------------------- operations on places
-
-
-def affine_matrices(operation: torch.Tensor, value: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(n, 2, 3) matrices from output to input places in pixels, for the geometric operations with their values.
-
-    Rotate turns counter-clockwise around the centre by degrees; shears keep the first row or column; translations are
-    parts of the side.
-
-    Args:
-        operation: (n,) places in OPERATIONS.
-        value: (n,) float.
-        size: height and width.
-    """
-    height, width = size
-    rotate, shear_x, shear_y, translate_x, translate_y = (
-        torch.where(operation == OPERATIONS.index(name), value, 0.0) for name in GEOMETRIC
-    )
-    cos, sin = torch.deg2rad(rotate).cos(), torch.deg2rad(rotate).sin()
-    x = [cos, shear_x - sin, (width - cos * width + sin * height) / 2 + translate_x * width]
-    y = [shear_y + sin, cos, (height - cos * height - sin * width) / 2 + translate_y * height]
-    return rearrange(x + y, "(row column) n -> n row column", row=2)
+# images (n, c, s, s) uint8; bicubic, edges repeated; what comes in from outside has the colour `fill`, (c,) uint8
 
 
 def cubic_weights(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -135,34 +115,47 @@ def cubic_weights(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return t * (t * (2 - t) - 1), t * t * (t - 2) + 1, t * (t * (1 - t) + 1), t * t * (t - 1)
 
 
-def affine(images: torch.Tensor, matrices: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Resample (bicubic, edges repeated) what `matrices` point to; what lies outside the image becomes `fill`.
+def as_levels(x: torch.Tensor) -> torch.Tensor:
+    """uint8; fractions are cut off as Pillow does, but not what float32 left just below a level."""
+    return x.add_(1e-3).clamp_(0, 255).byte()
 
-    Args:
-        images: (n, c, h, w) uint8.
-        matrices: (n, 2, 3), as of `affine_matrices`.
-        fill: (c,) uint8.
-    """
-    n, c, h, w = images.shape
-    column = torch.arange(w, device=images.device) + 0.5
-    row = torch.arange(h, device=images.device)[:, None] + 0.5
-    a, b, c0, d, e, f0 = rearrange(matrices, "n row column -> (row column) n 1 1")
-    x, y = a * column + b * row + c0, d * column + e * row + f0  # (n, h, w)
-    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
-    x, y = x.clamp(0, w) - 0.5, y.clamp(0, h) - 0.5
+
+def slide(images: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """Move rows along themselves: what is now at (x, y) was at (x + slope * y + offset, y); slope, offset (n,)."""
+    c, h, w = images.shape[1:]
+    column = torch.arange(-1, w + 2, device=images.device)
+    moved = slope[:, None] * (torch.arange(h, device=images.device) + 0.5) + offset[:, None]  # (n, h)
+    whole = moved.floor()
+    pixels = (column + whole[..., None].long()).clamp_(0, w - 1)
+    taken = images.gather(3, pixels[:, None].expand(-1, c, -1, -1)).float()
+    weights = cubic_weights((moved - whole)[:, None, :, None])
+    out = sum(taken[..., k : k + w] * weight for k, weight in enumerate(weights))
+    place = column[1:-2] + 0.5 + moved[..., None]
+    inside = (place >= 0) & (place < w)
+    return torch.where(inside[:, None], as_levels(out), fill[:, None, None])
+
+
+def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """Turn images counter-clockwise around their centres by degrees (n,)."""
+    n, c, s, _ = images.shape
+    x = torch.arange(s, device=images.device) + (0.5 - s / 2)
+    y = x[:, None]
+    angle = torch.deg2rad(degrees)[:, None, None]
+    cos, sin = angle.cos(), angle.sin()
+    x, y = cos * x - sin * y + s / 2, sin * x + cos * y + s / 2  # (n, s, s)
+    inside = (x >= 0) & (x < s) & (y >= 0) & (y < s)
+    x, y = x.clamp_(0, s).sub_(0.5), y.clamp_(0, s).sub_(0.5)
     left, top = x.floor(), y.floor()
-    across, down = cubic_weights((x - left).flatten(1)[:, None]), cubic_weights((y - top).flatten(1)[:, None])
+    across, down = (cubic_weights(rearrange(t, "n h w -> n 1 (h w)")) for t in (x - left, y - top))
 
-    # in an image with a border of 2, the 16 pixels around every place lie at the same 16 distances from the first
+    # with a border of 2, the 4 x 4 pixels around any place lie at the same distances from the first of them
     padded = F.pad(images.float(), (2, 2, 2, 2), mode="replicate").flatten(2)
-    first = ((top + 1) * (w + 4) + left + 1).long().flatten(1)[:, None].expand(-1, c, -1)
-    total = 0
-    for i, vertical in enumerate(down):
-        start = i * (w + 4)
-        line = sum(padded[..., start + j :].gather(2, first) * horizontal for j, horizontal in enumerate(across))
-        total = total + line * vertical
-    total = (total + 1e-3).clamp_(0, 255).byte().view_as(images)  # cut off, but not what rounding left below a level
-    return torch.where(inside[:, None], total, fill[:, None, None])
+    first = rearrange((top + 1) * (s + 4) + left + 1, "n h w -> n 1 (h w)").long().expand(-1, c, -1)
+    out = 0
+    for i, weight in enumerate(down):
+        rows = (padded[..., i * (s + 4) + j :] for j in range(4))
+        out = out + weight * sum(row.gather(2, first) * w for row, w in zip(rows, across, strict=True))
+    return torch.where(inside[:, None], as_levels(out).view_as(images), fill[:, None, None])
 
 
 # ---------------------------------------------------------------- groups
@@ -172,26 +165,41 @@ def operate(images: torch.Tensor, operation: torch.Tensor, value: torch.Tensor, 
     """Apply each image's operations, one after the other.
 
     Args:
-        images: (b, 3, h, w) uint8; left as they are.
+        images: (b, 3, s, s) uint8; left as they are.
         operation: (b, layers) places in OPERATIONS, or -1 for none; on the CPU, as is `value`.
-        value: (b, layers) float32, what the operation's function takes.
+        value: (b, layers) float32, what the operation's function takes; of translations a part of the side.
         fill: (3,) uint8, colour of what geometric operations bring in from outside.
     """
-    images = images.clone()
     for number, amount in zip(operation.unbind(1), value.unbind(1), strict=True):
-        group = number.clamp(max=len(COLOUR)) + 1  # none, one for each colour operation, one for all geometric ones
-        order = group.argsort(stable=True)
-        counts = group.bincount(minlength=len(COLOUR) + 2).tolist()
-        geometric = order[len(order) - counts[-1] :]
-        matrices = affine_matrices(number[geometric], amount[geometric], images.shape[2:])
-        index, amount = (each.to(images.device, non_blocking=True) for each in (order, amount[order]))
-        _, *parts, last = zip(index.split(counts), amount[:, None, None, None].split(counts), strict=True)
-        for function, (part, factor) in zip(COLOUR.values(), parts, strict=True):
+        order = number.argsort(stable=True)
+        counts = (number + 1).bincount(minlength=len(OPERATIONS) + 1).tolist()
+        order, inverse, amount = (
+            each.to(images.device, non_blocking=True) for each in (order, order.argsort(), amount[order])
+        )
+        grouped = images.index_select(0, order)
+        groups = list(zip(grouped.split(counts), amount.split(counts), strict=True))[1:]  # without 'none'
+        for function, (part, factor) in zip(COLOUR.values(), groups, strict=False):
             if len(part):
-                images[part] = function(images[part], factor)
-        if len(geometric):
-            images[last[0]] = affine(images[last[0]], matrices.to(images.device, non_blocking=True), fill)
+                part.copy_(function(part, factor[:, None, None, None]))
+        (part, degrees), *slides = groups[len(COLOUR) :]
+        if len(part):
+            part.copy_(rotate(part, degrees, fill))
+        _slide_groups(slides, fill)
+        images = grouped.index_select(0, inverse)
     return images
+
+
+def _slide_groups(groups: list[tuple[torch.Tensor, torch.Tensor]], fill: torch.Tensor) -> None:
+    """ShearX, TranslateX, ShearY and TranslateY in one pass and in place; columns move as rows of mirrored images."""
+    parts = [part if i < 2 else part.mT for i, (part, _) in enumerate(groups)]
+    counts = [len(part) for part in parts]
+    if sum(counts):
+        side, (shear_x, translate_x, shear_y, translate_y) = parts[0].shape[-1], (value for _, value in groups)
+        slope = torch.cat([shear_x, torch.zeros_like(translate_x), shear_y, torch.zeros_like(translate_y)])
+        offset = torch.cat([torch.zeros_like(shear_x), translate_x, torch.zeros_like(shear_y), translate_y])
+        moved = slide(torch.cat(parts), slope, offset * side, fill)
+        for part, result in zip(parts, moved.split(counts), strict=True):
+            part.copy_(result)
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -232,7 +240,7 @@ def draw_randaugment(b: int, generator: torch.Generator) -> tuple[torch.Tensor, 
     sign = torch.where(torch.rand(b, 2, generator=generator) < 0.5, -1.0, 1.0)
     value = torch.zeros(b, 2)
     for name, argument in ARGUMENTS.items():
-        value = torch.where(operation == OPERATIONS.index(name), argument(level, sign), value)
+        value = torch.where(operation == NUMBER[name], argument(level, sign), value)
     return operation.masked_fill_(left_out, -1), value
 
 
@@ -247,12 +255,12 @@ def draw_jitter(b: int, probability: float, generator: torch.Generator) -> tuple
     Returns:
         (b, 6) int64 and (b, 6) float32, operations and values for `operate`.
     """
-    number = torch.tensor([OPERATIONS.index(name) for name in ("Brightness", "Contrast", "Color", "Hue")])
+    number = torch.tensor([NUMBER[name] for name in ("Brightness", "Contrast", "Color", "Hue")])
     unchanged, reach = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.4, 0.4, 0.2, 0.1])
     value = unchanged + reach * (2 * torch.rand(b, 4, generator=generator) - 1)
     order = torch.rand(b, 4, generator=generator).argsort(dim=1)
-    grayscale, solarised = OPERATIONS.index("Color"), OPERATIONS.index("Solarize")
-    operation = torch.cat([number[order], torch.tensor([[grayscale, solarised]]).expand(b, 2)], dim=1)
+    more = torch.tensor([[NUMBER["Color"], NUMBER["Solarize"]]])
+    operation = torch.cat([number[order], more.expand(b, 2)], dim=1)
     value = torch.cat([value.gather(1, order), torch.tensor([[0.0, 128.0]]).expand(b, 2)], dim=1)
     left_out = torch.rand(b, 3, generator=generator) >= probability
     return operation.masked_fill_(left_out[:, [0, 0, 0, 0, 1, 2]], -1), value

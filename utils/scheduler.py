@@ -12,6 +12,7 @@ def learning_rate(
     decay_type: str = "cosine",
     min_lr: float = 0.0,
     warmup_lr: float = 0.0,
+    steps_per_epoch: float | None = None,
 ) -> float:
     """Learning rate of update number `step`, counted from 1: linear warm-up, then cosine or linear decay.
 
@@ -26,10 +27,13 @@ def learning_rate(
         decay_type: 'cosine' or 'linear'.
         min_lr: rate of the last step.
         warmup_lr: rate that the warm-up rises from.
+        steps_per_epoch: where given, all steps of an epoch have the rate that is due at its beginning.
 
     Raises:
         ValueError: an unknown decay type.
     """
+    if steps_per_epoch:
+        step = int((step - 1) / steps_per_epoch) * steps_per_epoch
     if step < warmup_steps:
         return warmup_lr + (base_lr - warmup_lr) * step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / (num_steps - warmup_steps))

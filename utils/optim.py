@@ -1,0 +1,60 @@
+"""Optimizers, their parameter groups, and the gradient scaler."""
+
+import re
+from argparse import Namespace
+
+import torch
+from torch import nn
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, skip_bias_norm: bool = False, layer_decay: float = 1.0
+) -> list[dict]:
+    """Trained parameters in groups of equal weight decay and learning rate.
+
+    Args:
+        model: its `no_weight_decay()` names parameters that take none.
+        weight_decay: of all others.
+        skip_bias_norm: none either on biases, norms and other vectors.
+        layer_decay: each block's rate is this times that of the block above it; the head has the full rate,
+            the embeddings the lowest (arXiv 2003.10555, BEiT's fine-tuning).
+
+    Returns:
+        Groups for torch's optimizers, each with `lr_scale`, the factor on the schedule's rate.
+    """
+    exempt = model.no_weight_decay()
+    depth = len(model.blocks)
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = name in exempt or (skip_bias_norm and parameter.ndim <= 1)
+        block = re.match(r"blocks\.(\d+)\.", name)
+        embeds = name.startswith(("patch_embed", "cls_token", "pos_embed", "temporal_pos_embed"))
+        layer = int(block[1]) + 1 if block else 0 if embeds else depth + 1
+        key = (0.0 if plain else weight_decay, layer_decay ** (depth + 1 - layer))
+        groups.setdefault(key, []).append(parameter)
+    return [dict(params=params, weight_decay=decay, lr_scale=scale) for (decay, scale), params in groups.items()]
+
+
+def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW, as the flags say."""
+    skip = args.disable_weight_decay_on_bias_norm
+    groups = parameter_groups(model, args.weight_decay, skip_bias_norm=skip, layer_decay=args.layer_decay)
+    fused = device.type in ("cuda", "cpu")
+    if args.opt == "sgd":
+        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, fused=fused)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused)
+
+
+def make_scaler(loss_scale: float, device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Scales float16 gradients on CUDA; does nothing in other precisions.
+
+    Args:
+        loss_scale: 0 adapts the scale; another value stays fixed.
+    """
+    enabled = precision == "fp16" and device.type == "cuda"
+    if loss_scale:
+        never = dict(growth_interval=2**31 - 1, backoff_factor=1 - 1e-12)  # rounds to 1 in float32
+        return torch.amp.GradScaler(device.type, init_scale=loss_scale, enabled=enabled, **never)
+    return torch.amp.GradScaler(device.type, enabled=enabled)
