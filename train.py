@@ -36,7 +36,7 @@ from tqdm import tqdm
 from eval import eval_augment, evaluate, run_main
 from utils import checkpoint, data_utils, dist_util
 from utils.augment import Augment, Mix
-from utils.log_util import RunLog, delete_run, read_records, run_description
+from utils.log_util import RunLog, already_done, delete_run, run_description
 from utils.optim import make_optimizer, make_scaler
 from utils.scheduler import learning_rate
 
@@ -196,8 +196,7 @@ class Run:
             device=device,
             torch=torch.__version__,
         )
-        for line in run_description(args, facts, self.weights, self.precision_note):
-            self.log.info(line)
+        self.log.info(*run_description(args, facts, self.weights, self.precision_note))
         if self.processes.world > 1 and self.statistics:
             self.log.info("Batch statistics are each process's own; running statistics are averaged over processes")
         self.log.record(event="start", settings=options.settings(args), **facts)
@@ -278,13 +277,16 @@ class Run:
         self.loss_sum.zero_()
         self.loss_steps = 0
         self.last = result["accuracy"]
-        self.log.info("Validation Results")
-        self.log.info(f"Global Steps: {self.step}")
-        self.log.info(f"Train Loss: {train_loss:.5f}")
-        self.log.info(f"Valid Loss: {result['loss']:.5f}")
-        self.log.info(f"Valid Accuracy: {result['accuracy']:.5f}")
+        lines = [
+            "Validation Results",
+            f"Global Steps: {self.step}",
+            f"Train Loss: {train_loss:.5f}",
+            f"Valid Loss: {result['loss']:.5f}",
+            f"Valid Accuracy: {result['accuracy']:.5f}",
+        ]
         if self.average:
-            self.log.info(f"Accuracy of the raw weights: {result['raw_accuracy']:.5f}")
+            lines.append(f"Accuracy of the raw weights: {result['raw_accuracy']:.5f}")
+        self.log.info(*lines, screen=" | ".join(lines[1:]))
         split = self.data.selected_on
         self.log.scalars(self.step, {f"{split}/accuracy": result["accuracy"], f"{split}/loss": result["loss"]})
         if result["accuracy"] > self.best["accuracy"]:
@@ -359,29 +361,6 @@ class Run:
         self.log.info(f"last {self.elapsed() / 60:.1f} min")
         self.log.record(event="end", step=self.step, selected_on=self.data.selected_on, **end, seconds=self.elapsed())
         self.log.close()
-
-
-def already_done(args: Namespace) -> bool:
-    """Whether this run has finished; says so.
-
-    Raises:
-        UserError: the run id belongs to a run with other settings.
-    """
-    records = read_records(Path(args.output_dir) / f"{options.run_id(args)}.jsonl")
-    began = next((record["settings"] for record in records if record.get("event") == "start"), None)
-    now = options.settings(args)
-    changed = [name for name in now if began and began.get(name) != now[name]]
-    if changed:
-        shown = ", ".join(f"{name} {began.get(name)} -> {now[name]}" for name in changed)
-        raise UserError(
-            f"run {options.run_id(args)} exists with other settings: {shown}; another --name, or --overwrite"
-        )
-    end = next((record for record in records if record.get("event") == "end"), None)
-    if end:
-        print(
-            f"{options.run_id(args)} is finished: best accuracy {end['best_accuracy']:f}, last {end['last_accuracy']:f}"
-        )
-    return end is not None
 
 
 def validate_only(args: Namespace, processes: dist_util.Processes, data: data_utils.Data) -> None:

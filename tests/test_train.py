@@ -176,6 +176,49 @@ def test_accumulation_gives_the_update_of_the_whole_batch(tmp_path):
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), rel=1e-5)
 
 
+def test_batchnorm_statistics_agree_over_processes(tmp_path):
+    words = ["--name", "run", *TINY, "--norm_type", "BN", "--num_steps", 3, "--dropout", 0, "--ema_decay", 0.5]
+    out = torchrun(2, *words, *places(tmp_path)).stdout
+    assert "running statistics are averaged over processes" in out
+    run = ID.replace("LN", "BN")
+    end = records(tmp_path, run)[-1]
+    result = json.loads(call("eval.py", tmp_path / "output" / f"{run}_checkpoint.bin", "--json").stdout)
+    assert result["accuracy"] == end["last_accuracy"]  # one process's buffers gave what two have counted together
+
+
+def test_averaged_weights_resume_and_are_what_is_kept(tmp_path):
+    words = ["--name", "run", *TINY, "--num_steps", 8, "--eval_every", 4, "--ema_decay", 0.8]
+    call("train.py", *words, *places(tmp_path / "a"))
+    lines = [line for line in records(tmp_path / "a") if line["event"] == "eval"]
+    assert all("raw_accuracy" in line for line in lines)
+    last = torch.load(tmp_path / "a" / "output" / f"{ID}_last.bin", weights_only=True)
+    average = {name.removeprefix("module."): value for name, value in last["average"].items() if name != "n_averaged"}
+    assert not same(average, last["model"])
+    process = start(*words, "--save_every", 1, *places(tmp_path / "b"))
+    wait_for((tmp_path / "b" / "output" / f"{ID}_last.bin").exists, process)
+    process.kill()
+    process.wait()
+    call("train.py", *words, *places(tmp_path / "b"))
+    again = torch.load(tmp_path / "b" / "output" / f"{ID}_last.bin", weights_only=True)
+    assert same(again["average"], last["average"]) and losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_fine_tuning_takes_classes_and_normalisation_along(tmp_path):
+    write_folder(tmp_path / "pets", per_class=8)
+    write_folder(tmp_path / "birds", per_class=8, classes=["owl", "tit"])
+    words = [*TINY, "--dataset", "imagefolder", "--num_steps", 2, "--train_batch_size", 4, *places(tmp_path)]
+    first = [*words, "--name", "run", "--data_dir", tmp_path / "pets", "--normalize", "cifar", "--lr", 0.1]
+    call("train.py", *first, "--warmup_steps", 0)
+    path = tmp_path / "output" / f"{ID}_checkpoint.bin"
+    more = [*words, "--pretrained_dir", path, "--data_dir"]
+    assert "re-initialised" not in (out := call("train.py", "--name", "same", *more, tmp_path / "pets").stdout)
+    assert "mean [0.4914, 0.4822, 0.4465]" in out
+    out = call("train.py", "--name", "other", *more, tmp_path / "birds", "--normalize", "imagenet").stdout
+    assert "re-initialised: head.weight, head.bias" in out and "mean [0.485, 0.456, 0.406]" in out
+    flags = [*words, "--name", "x", "--load_model_dir", path, "--data_dir", tmp_path / "birds"]
+    assert "has other classes than imagefolder" in call("train.py", *flags, check=2).stderr
+
+
 def test_val_fraction_reports_the_test_set_apart(tmp_path):
     call(
         "train.py",
@@ -305,6 +348,25 @@ MISTAKES = [
     ("@{tmp}/bad.args", "'--colour' in {tmp}/bad.args"),
     ("-v maybe", "neither true nor false"),
     ("--seed x", "invalid int value: 'x'"),
+    ("--norm_type BN --model_type MViT-Ti", "MViT-Ti has LN only"),
+    ("--norm_type GN --model_type R50-ViT-B_16", "R50-ViT-B_16 has LN only"),
+    ("--model_type DEMS-Ti --patch_size 7 --merge_layer 1 2", "image size 28 is not divisible by 56, 8 x patch size 7"),
+    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64", "merge_num has 1 counts"),
+    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64 65", "merge count 65 is not within 1 .. 64"),
+    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 3", "don't rise within 1 .. 2, the depth"),
+    ("--model_type MViT-Ti --img_sizes 10 28", "image size 10 is not divisible by patch size 7"),
+    ("--model_type MViT-Ti --img_sizes 28 14", "don't rise to the image size"),
+    ("--img_sizes 14 28", "image_sizes belongs to MViT models"),
+    ("--mixup_prob 1.5", "1.5 is above 1"),
+    ("--mixup_switch_prob -0.1", "-0.1 is not at least 0"),
+    ("--mixup -1", "-1 is not at least 0"),
+    ("--mixup 0.8 --train_batch_size 33", "even number of images per process and pass, not 33 / 1 = 33"),
+    ("--reprob 2", "2 is above 1"),
+    ("--ra 0", "0 is not at least 1"),
+    ("--ra 33", "--ra 33"),
+    ("--aug crop --aug_prob 0.5", "no meaning with --aug crop"),
+    ("--layer_decay 0", "0 is not above 0"),
+    ("--ema_decay 1", "1 is above"),
 ]  # fmt: skip
 
 

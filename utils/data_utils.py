@@ -66,8 +66,9 @@ def batch_index(step: int, batch_size: int, n: int, seed: int, ra: int = 1) -> t
 
     So every batch is full and every image is seen once an epoch, whatever n and batch_size are. With repeated
     augmentation (arXiv 1901.09335) each image of the row comes `ra` times; an epoch is then n x ra images long, as in
-    the multiscale study (DeiT's ends after n, a part of the set). A batch lists its first copies, then its second ones, and so on, each list
-    begun one further, so that copies fall to different processes and mixing hardly ever pairs them.
+    the multiscale study (DeiT's ends after n, a part of the set). A batch lists its first copies, then its second
+    ones, and so on, each list begun one further, so that copies fall to different processes and mixing hardly ever
+    pairs them.
     """
     first, last = step * batch_size // ra, ((step + 1) * batch_size - 1) // ra
     row = _row(first, last + 1 - first, n, seed)

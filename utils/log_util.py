@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.options import UserError
+from utils.options import UserError, run_id, settings
 
 
 class RunLog:
@@ -42,11 +42,12 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
-    def info(self, line: str) -> None:
-        """A line for people, in the text log and on the screen."""
+    def info(self, *lines: str, screen: str | None = None) -> None:
+        """Lines for people, in the text log and on the screen; there, `screen` in their place where given."""
         if self.enabled:
-            self._append(self.text, f"{time.strftime('%m/%d/%Y %H:%M:%S')} - INFO - train - {line}\n")
-            tqdm.write(line)
+            now = time.strftime("%m/%d/%Y %H:%M:%S")
+            self._append(self.text, "".join(f"{now} - INFO - train - {line}\n" for line in lines))
+            tqdm.write("\n".join(lines) if screen is None else screen)
 
     def record(self, **values) -> None:
         """One JSON object."""
@@ -125,6 +126,25 @@ def read_records(path: Path) -> list[dict]:
             except json.JSONDecodeError:
                 break
     return records
+
+
+def already_done(args: Namespace) -> bool:
+    """Whether this run has finished; says so.
+
+    Raises:
+        UserError: the run id belongs to a run with other settings.
+    """
+    records = read_records(Path(args.output_dir) / f"{run_id(args)}.jsonl")
+    began = next((record["settings"] for record in records if record.get("event") == "start"), None)
+    now = settings(args)
+    changed = [name for name in now if began and began.get(name) != now[name]]
+    if changed:
+        shown = ", ".join(f"{name} {began.get(name)} -> {now[name]}" for name in changed)
+        raise UserError(f"run {run_id(args)} exists with other settings: {shown}; another --name, or --overwrite")
+    end = next((record for record in records if record.get("event") == "end"), None)
+    if end:
+        print(f"{run_id(args)} is finished: best accuracy {end['best_accuracy']:f}, last {end['last_accuracy']:f}")
+    return end is not None
 
 
 def delete_run(output_dir: str, log_dir: str, run_id: str) -> None:

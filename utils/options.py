@@ -142,6 +142,7 @@ def train_parser(model_types, norm_types) -> Parser:
     """
     p = Parser(
         prog="train.py",
+        usage="train.py --name NAME [FLAGS]\n       train.py @recipes/NAME.args [FLAGS]",
         description="Train, fine-tune or validate one Vision Transformer on one data set.\n\n"
         "  python train.py @recipes/demo.args                       flags from a file, more may follow\n"
         "  python train.py --name c10 --dataset cifar10 --model_type ViT-B_32 --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz\n"
@@ -361,6 +362,7 @@ def eval_parser() -> Parser:
     """The parser of eval.py."""
     p = Parser(
         prog="eval.py",
+        usage="eval.py CHECKPOINT [FLAGS]",
         description="Evaluate a checkpoint, or classify single images with it. Everything is rebuilt from the checkpoint.\n\n  python eval.py output/RUN_checkpoint.bin\n  python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png",
     )
     p.add_argument("checkpoint", help="RUN_checkpoint.bin or RUN_last.bin of train.py")

@@ -1,0 +1,80 @@
+"""Parameter groups, optimizers, epoch-wise schedules."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from helpers import SIZES
+
+from models import create_model
+from utils.optim import make_optimizer, make_scaler, parameter_groups
+from utils.scheduler import learning_rate
+
+MODELS = [
+    ("ViT-Ti_16", "LN", dict(patch_size=4)),
+    ("ViT-Ti_16", "Rescale", dict(patch_size=4)),
+    ("DEMS-Ti", "LN", dict(patch_size=2, merge_num=(16, 8), merge_layer=(1, 2))),
+    ("MViT-Ti", "LN", dict(patch_size=4)),
+]
+
+
+def names_by_decay(model, **kwargs) -> dict[float, set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in parameter_groups(model, 0.05, **kwargs):
+        found.setdefault(group["weight_decay"], set()).update(names[id(p)] for p in group["params"])
+    return found
+
+
+@pytest.mark.parametrize("model_type, norm_type, words", MODELS)
+def test_every_trained_parameter_is_in_one_group(model_type, norm_type, words):
+    model = create_model(model_type, norm_type, image_size=16, num_classes=10, **SIZES, **words)
+    for kwargs in (dict(), dict(skip_bias_norm=True), dict(layer_decay=0.7)):
+        groups = parameter_groups(model, 0.05, **kwargs)
+        ids = [id(p) for group in groups for p in group["params"]]
+        assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    exempt = names_by_decay(model).get(0.0, set())
+    assert exempt == model.no_weight_decay()
+    plain = names_by_decay(model, skip_bias_norm=True)[0.0]
+    assert all(p.ndim <= 1 or name in exempt for name, p in model.named_parameters() if name in plain)
+    assert {name for name, p in model.named_parameters() if p.ndim <= 1 and p.requires_grad} <= plain
+
+
+def test_layer_decay_rises_to_the_head():
+    model = create_model("ViT-Ti_16", image_size=16, num_classes=10, patch_size=4, **SIZES)
+    scale = {
+        id(p): group["lr_scale"] for group in parameter_groups(model, 0.05, layer_decay=0.5) for p in group["params"]
+    }
+    assert scale[id(model.head.weight)] == scale[id(model.norm.weight)] == 1
+    assert scale[id(model.blocks[1].mlp.fc1.weight)] == 0.5
+    assert scale[id(model.blocks[0].attn.qkv.bias)] == 0.25
+    assert scale[id(model.pos_embed)] == scale[id(model.patch_embed.proj.weight)] == 0.125
+
+
+@pytest.mark.parametrize("opt, kind", [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimizers(opt, kind):
+    model = create_model("ViT-Ti_16", image_size=16, num_classes=10, patch_size=4, **SIZES)
+    flags = dict(
+        opt=opt, learning_rate=0.1, weight_decay=0.05, layer_decay=1.0, disable_weight_decay_on_bias_norm=False
+    )
+    optimizer = make_optimizer(model, Namespace(**flags), torch.device("cpu"))
+    assert isinstance(optimizer, kind) and {group["lr"] for group in optimizer.param_groups} == {0.1}
+    before = model.head.weight.detach().clone()
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.head.weight)
+
+
+def test_scaler_is_idle_but_for_float16_on_cuda():
+    for precision in ("fp32", "bf16", "fp16"):
+        assert not make_scaler(0.0, torch.device("cpu"), precision).is_enabled()
+    fixed = make_scaler(128.0, torch.device("cpu"), "fp16")
+    assert not fixed.is_enabled()
+
+
+def test_epoch_wise_rates_are_those_of_the_epochs_beginning():
+    run = dict(base_lr=1.0, num_steps=100, warmup_steps=20, warmup_lr=0.1)
+    rates = [learning_rate(step, steps_per_epoch=10, **run) for step in range(1, 101)]
+    assert all(len(set(rates[i : i + 10])) == 1 for i in range(0, 100, 10))
+    assert rates[0] == pytest.approx(0.1) and rates[10] == pytest.approx(0.55) and rates[20] == pytest.approx(1.0)
+    assert rates[30] == learning_rate(30, **run)
