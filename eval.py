@@ -1,11 +1,13 @@
-"""Evaluate a checkpoint of train.py, or classify single images with it.
+"""Evaluate a checkpoint of train.py, classify single images with it, or look into it.
 
     python eval.py output/RUN_checkpoint.bin                                # the data set that it was trained on
     python eval.py output/RUN_checkpoint.bin --dataset imagefolder --data_dir photos   # other data, same classes
     python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png      # class names and probabilities
     python eval.py output/RUN_checkpoint.bin --json                         # for programs
+    python eval.py output/RUN_checkpoint.bin --plot attention position patches errors   # pictures
 
-Model, classes, normalisation and precision come from the checkpoint. The confusion matrix is drawn beside it.
+Model, classes, normalisation and precision come from the checkpoint. The confusion matrix is drawn beside it, and so
+are the pictures; those go to the run's TensorBoard folder too, where that exists.
 """
 
 from utils import options
@@ -16,9 +18,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -106,32 +106,74 @@ def load_run(path: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
     return model.to(device).eval(), state
 
 
-def score(args: argparse.Namespace, model: torch.nn.Module, run: dict, device: torch.device, precision: str) -> dict:
-    """Evaluate on the checkpoint's data set, or on the one that the flags name."""
+def test_images(args: argparse.Namespace, run: dict, device: torch.device):
+    """The test images of the checkpoint's data set, or of the one that the flags name.
+
+    Returns:
+        The flags in force, the images, and a function from some of them to batches on the device.
+    """
     names = ("dataset", "data_dir", "emnist_split", "eval_batch_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     flags = argparse.Namespace(**{**run["args"], **given, "memory_limit": args.memory_limit})
     data = data_utils.load_data(flags, train=False, classes=run["classes"])
     data_utils.to_device(data, device)
-    batches = data_utils.eval_batches(
-        data.test, eval_augment(run["args"], device),
-        batch_size=flags.eval_batch_size, device=device, num_workers=args.num_workers,
-    )  # fmt: skip
-    result = evaluate(model, batches, len(run["classes"]), device, precision)
+
+    def batches(images: readers.ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return data_utils.eval_batches(
+            images, eval_augment(run["args"], device),
+            batch_size=flags.eval_batch_size, device=device, num_workers=args.num_workers,
+        )  # fmt: skip
+
+    return flags, data.test, batches
+
+
+def score(args: argparse.Namespace, model: torch.nn.Module, run: dict, device: torch.device, precision: str) -> dict:
+    """Evaluate on the checkpoint's data set, or on the one that the flags name."""
+    flags, images, batches = test_images(args, run, device)
+    result = evaluate(model, batches(images), len(run["classes"]), device, precision)
     return {"dataset": flags.dataset, "data_dir": flags.data_dir, **result}
+
+
+def read_images(files: list[str], run: dict, device: torch.device) -> Iterator[torch.Tensor]:
+    """Image files as the model takes them, (1, 3, size, size) each."""
+    augment = eval_augment(run["args"], device)
+    for file in files:
+        image = pil_to_tensor(readers.read_image(file))[None].to(device)
+        yield augment(image, augment.draw(torch.tensor([image.shape[-2:]])))
 
 
 @torch.no_grad()
 def classify(files: list[str], model: torch.nn.Module, run: dict, device: torch.device, precision: str, top: int):
     """Class names and probabilities of image files: a list a file, most probable first."""
-    augment, answers = eval_augment(run["args"], device), []
-    for file in files:
-        image = pil_to_tensor(readers.read_image(file))[None].to(device)
+    answers = []
+    for image in read_images(files, run, device):
         with dist_util.autocast(device, precision):
-            logits = model(augment(image, augment.draw(torch.tensor([image.shape[-2:]]))))
+            logits = model(image)
         probability, label = logits.float().softmax(dim=1)[0].topk(min(top, len(run["classes"])))
         answers.append([(run["classes"][i], p) for i, p in zip(label.tolist(), probability.tolist(), strict=True)])
     return answers
+
+
+def draw(
+    args: argparse.Namespace, model: torch.nn.Module, run: dict, device: torch.device, precision: str, name: str
+) -> dict[str, Path]:
+    """The pictures of --plot, by their kinds."""
+    from utils import pictures
+
+    test = None if args.images or not {"attention", "errors"} & set(args.plot) else test_images(args, run, device)
+
+    def images() -> tuple[torch.Tensor, list[str]]:
+        """Those of --images, or the first test images, one of each class; and their names."""
+        if args.images:
+            return torch.cat(list(read_images(args.images, run, device))), [Path(file).name for file in args.images]
+        _, images, batches = test
+        index = pictures.first_of_each(images.labels)
+        first = [batch for batch, _ in batches(images.part(index))]
+        return torch.cat(first), [run["classes"][i] for i in images.labels[index].tolist()]
+
+    album = pictures.Album(Path(args.output_dir or Path(args.checkpoint).parent), name, run)
+    pictures.draw(album, args, model, run, precision, images, lambda: test[2](test[1]))
+    return album.paths
 
 
 def print_score(result: dict, classes: list[str], picture: Path) -> None:
@@ -150,10 +192,16 @@ def print_score(result: dict, classes: list[str], picture: Path) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.images and (args.dataset or args.data_dir):
         raise UserError("--images classifies single files; leave out --dataset and --data_dir")
+    options.check_plot(args)
     device = dist_util.start(args.device, args.gpu_id).device
     model, run = load_run(args.checkpoint, device)
     precision, _ = dist_util.usable_precision(run["precision"], device)
     name = Path(args.checkpoint).stem.removesuffix("_checkpoint")
+    if args.plot:
+        paths = draw(args, model, run, device, precision, name)
+        shown = {kind: str(path) for kind, path in paths.items()}
+        print(json.dumps(shown) if args.json else "\n".join(shown.values()))
+        return 0
     if args.images:
         answers = classify(args.images, model, run, device, precision, args.top)
         if args.json:
@@ -188,22 +236,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run_main(main, args: argparse.Namespace) -> None:
-    """Call a script's main and leave with its status; a UserError becomes one line and status 2.
-
-    Every process of a node would print the same line, so only the first one does.
-    """
-    try:
-        status = main(args)
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    finally:
-        dist_util.stop()
-    sys.exit(status)
+    """`options.run_main`, which also ends the process group."""
+    options.run_main(main, args, dist_util.stop)
 
 
 if __name__ == "__main__":

@@ -96,9 +96,7 @@ class Run:
         self.parallel = self.model
         if processes.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.parallel = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.model, args, self.device)
         self.scaler = make_scaler(args.loss_scale, self.device, self.precision)
         self.augment = Augment(
@@ -217,6 +215,8 @@ class Run:
         total = torch.zeros((), device=self.device)
         for part in range(parts):
             images, labels = next(batches)
+            if self.step == part == 0:
+                self.log.images("train/batch", 1, images, args.mean, args.std)
             waits = self.processes.world > 1 and part < parts - 1  # gradients are exchanged once an update
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with dist_util.autocast(self.device, self.precision):
@@ -359,6 +359,8 @@ class Run:
             self.log.info(f"Test Accuracy: \t{end['test_accuracy']:f} (last step {end['test_accuracy_last']:f})")
         self.log.info("End Training!")
         self.log.info(f"last {self.elapsed() / 60:.1f} min")
+        results = dict(best_accuracy=self.best["accuracy"], last_accuracy=self.last, minutes=self.elapsed() / 60)
+        self.log.hparams(self.step, options.settings(self.args), results)
         self.log.record(event="end", step=self.step, selected_on=self.data.selected_on, **end, seconds=self.elapsed())
         self.log.close()
 

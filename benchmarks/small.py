@@ -46,13 +46,12 @@ def run(cell: tuple[str, str, int], more: list[str], folder: Path) -> list[dict]
 
 
 def table(title: str, cells: dict[str, list[list[dict]]]) -> None:
-    print(f"\n| {title} | parameters | MFLOPs per image | accuracy, % | minutes a run |\n|---|---|---|---|---|")
+    print(f"\n| {title} | parameters | MFLOPs per image | accuracy, % |\n|---|---|---|---|")
     for name, runs in cells.items():
         start = runs[0][0]
         accuracy = [100 * records[-1]["last_accuracy"] for records in runs]
-        minutes = statistics.mean(records[-1]["seconds"] for records in runs) / 60
         spread = f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f}"
-        print(f"| {name} | {start['parameters']:,} | {1000 * start['gflops']:.1f} | {spread} | {minutes:.1f} |")
+        print(f"| {name} | {start['parameters']:,} | {1000 * start['gflops']:.1f} | {spread} |")
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ SWEEP = GOOGLE | dict(
     img_size=224,
     train_batch_size=128,
     num_steps=20000,
+    warmup_steps=None,  # train.py's own 500, so that a sweep with fewer --num_steps gets a shorter warm-up
     eval_every=100,
     fp16=True,
 )

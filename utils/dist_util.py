@@ -95,7 +95,10 @@ def largest(value: int) -> int:
 
 
 class Interrupt:
-    """Turns the first of SIGNALS into a request to save and leave after the step; a second one leaves at once."""
+    """Turns SIGNALS into a request to save and leave after the step; Ctrl-C after that leaves at once.
+
+    SIGTERM and SIGUSR1 may come repeatedly: torchrun and SLURM each pass them on.
+    """
 
     def __enter__(self) -> "Interrupt":
         self.signum = 0
@@ -108,8 +111,7 @@ class Interrupt:
 
     def __call__(self, signum, frame):
         self.signum = signum
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,12 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import torch
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from utils.options import UserError, run_id, settings
+from utils.vis_utils import denormalize
 
 
 class RunLog:
@@ -59,6 +62,24 @@ class RunLog:
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+
+    def images(self, name: str, step: int, images: torch.Tensor, mean: list[float], std: list[float]) -> None:
+        """The first 32 of normalised images (b, 3, h, w), as one TensorBoard image."""
+        if self.board:
+            grid = make_grid(denormalize(images[:32], mean, std), nrow=8, pad_value=1.0)
+            self.board.add_image(name, grid, step)
+
+    def hparams(self, step: int, settings: dict, results: dict[str, float]) -> None:
+        """Settings and results of a finished run, by which TensorBoard's HPARAMS tab compares runs.
+
+        A setting that is None or a list has no place there; without weights to start from, `pretrained_dir` is ''.
+        """
+        if self.board:
+            shown = {name: str(value) if isinstance(value, bool) else value for name, value in settings.items()}
+            shown = {name: value for name, value in shown.items() if isinstance(value, (int, float, str))}
+            metrics = {f"hparam/{name}": value for name, value in results.items()}
+            # run_name "." keeps them in the run's own folder
+            self.board.add_hparams({"pretrained_dir": "", **shown}, metrics, run_name=".", global_step=step)
 
     def position(self) -> dict[str, int]:
         """Sizes of the files in bytes, for `rewind`."""

@@ -1,4 +1,4 @@
-"""Every flag of train.py and eval.py. Imports no torch, so that --help and a wrong flag are answered at once."""
+"""Every flag of train.py, eval.py and plot.py. Imports no torch, so that --help and a wrong flag are answered at once."""
 
 import argparse
 import difflib
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 DATASETS = ("cifar10", "cifar100", "fashionmnist", "fashionmnist-mini", "emnist", "caltech101", "imagefolder")
+PLOTS = ("attention", "position", "patches", "errors")
+MAX_IMAGES = 8  # that pictures of attention have room for
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 
 # --normalize: per-channel (mean, std) of pixels in 0..1.
@@ -363,13 +365,77 @@ def eval_parser() -> Parser:
     p = Parser(
         prog="eval.py",
         usage="eval.py CHECKPOINT [FLAGS]",
-        description="Evaluate a checkpoint, or classify single images with it. Everything is rebuilt from the checkpoint.\n\n  python eval.py output/RUN_checkpoint.bin\n  python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png",
+        description="Evaluate a checkpoint, classify single images with it, or look into it. Everything is rebuilt from the checkpoint.\n\n  python eval.py output/RUN_checkpoint.bin\n  python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png\n  python eval.py output/RUN_checkpoint.bin --plot attention errors",
     )
+    # fmt: off
     p.add_argument("checkpoint", help="RUN_checkpoint.bin or RUN_last.bin of train.py")
-    p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set")
+    p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set; with --plot attention, look at these")
+    p.add_argument("--plot", nargs="+", choices=PLOTS, default=None, metavar="KIND", help="draw pictures instead of scoring, as PNG and in the run's TensorBoard folder where that exists: attention (heads, the class token over images, rollout, distance), position (similarity of embeddings), patches (filters), errors (most confident mistakes)")
+    p.add_argument("--blocks", type=count, nargs="+", default=None, metavar="N", help="of --plot attention, counted from 0 [four, spread evenly]")
     p.add_argument("--top", type=positive_int, default=5, help="classes shown per image [5]")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    p.add_argument("--output_dir", default=None, help="for the confusion matrix [the checkpoint's folder]")
+    p.add_argument("--output_dir", default=None, help="for the confusion matrix and pictures [the checkpoint's folder]")
+    # fmt: on
     _add_data_flags(p, None)
     _add_device_flags(p)
     return p
+
+
+def check_plot(args: argparse.Namespace) -> None:
+    """Refuse flags of eval.py that don't go with what is to be drawn.
+
+    Raises:
+        UserError: with the way out.
+    """
+    plots = set(args.plot or [])
+    if args.blocks is not None and "attention" not in plots:
+        raise UserError("--blocks chooses what --plot attention shows, which is missing")
+    if args.images and plots and plots != {"attention"}:
+        other = min(plots - {"attention"})
+        raise UserError(f"--images goes with --plot attention alone; draw {other} without --images")
+    if plots and args.images and len(args.images) > MAX_IMAGES:
+        raise UserError(f"--plot attention has room for {MAX_IMAGES} images, not {len(args.images)}")
+
+
+# fmt: off
+
+
+def plot_parser() -> Parser:
+    """The parser of plot.py."""
+    p = Parser(
+        prog="plot.py",
+        usage="plot.py [RUNS] [FLAGS]",
+        description="Tables and curves of runs: of this project, and of ChaofanTao/RescaleViT.\n\n  python plot.py output/ --logs logs/\n  python plot.py output/RUN.jsonl --out .",
+    )
+    p.add_argument("runs", nargs="?", default="output", help="folder with .jsonl or .txt of runs, or one such file [output]")
+    p.add_argument("--logs", default=None, metavar="DIR", help="TensorBoard folders of the runs; draws the training loss of every logged step [none]")
+    p.add_argument("--out", default=None, metavar="DIR", help="for results.md, results.csv and the pictures; made where missing [the folder of the runs]")
+    p.add_argument("--plan", nargs=argparse.REMAINDER, default=None, metavar="FLAG", help="only say what train.py with these flags, up to the end of the line, would do: steps, state, and time by finished runs of equal cost")
+    return p
+
+
+# fmt: on
+
+
+def run_main(main, args: argparse.Namespace, at_end=None) -> None:
+    """Call a script's main and leave with its status; a UserError becomes one line and status 2.
+
+    Every process of a node would print the same line, so only the first one does.
+
+    Args:
+        main: called with `args`, returns the exit status.
+        at_end: called in any case before leaving.
+    """
+    try:
+        status = main(args)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    finally:
+        if at_end:
+            at_end()
+    sys.exit(status)

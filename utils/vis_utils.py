@@ -1,8 +1,32 @@
-"""Pictures. matplotlib is imported where one is drawn, as it takes a while."""
+"""Pictures: tensors on the CPU in, a PNG out. matplotlib is imported where one is drawn, as it takes a while."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
+
+DPI = 150
+
+
+def denormalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """Normalised images (b, 3, h, w) -> pixels in 0..1 on the CPU."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return (images.float().cpu() * std + mean).clamp(0, 1)
+
+
+def _figure(width: float, height: float, title: str):
+    """An empty figure of so many inches, wide enough for its title."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.5, width), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def shorten(text: str, length: int = 20) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def plot_confusion(confusion: torch.Tensor, classes: list[str], path: Path, title: str) -> None:
@@ -17,18 +41,14 @@ def plot_confusion(confusion: torch.Tensor, classes: list[str], path: Path, titl
     Raises:
         OSError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     n = len(classes)
     percent = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     side = min(12.0, 4.0 + 0.35 * n)
-    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(side + 1.2, side, title)
     axes = figure.add_subplot()
     image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set(xlabel="predicted", ylabel="true")
     ticks = range(n) if n <= 40 else range(0, n, -(-n // 20))
     size = 9 if n <= 20 else 6
     axes.set_xticks(ticks, [classes[i] for i in ticks], rotation=90, fontsize=size)
@@ -38,4 +58,228 @@ def plot_confusion(confusion: torch.Tensor, classes: list[str], path: Path, titl
             for j in range(n):
                 color = "white" if percent[i, j] > 50 else "black"
                 axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
+
+
+def _middles(parts: list[tuple[str, int, int]], apart: float) -> tuple[list[float], list[str]]:
+    """Where and how to name parts of an axis; those closer than `apart` are named together."""
+    places, names = [], []
+    for name, start, end in parts:
+        middle = (start + end - 1) / 2
+        if places and middle - places[-1] < apart:
+            places[-1], names[-1] = (places[-1] + middle) / 2, f"{names[-1]}\n{name}"
+        else:
+            places, names = [*places, middle], [*names, name]
+    return places, names
+
+
+def plot_heads(
+    maps: torch.Tensor, blocks: list[int], parts: list[tuple[str, int, int]], path: Path, title: str
+) -> None:
+    """Draw attention as matrices: a row a block, a column a head.
+
+    Args:
+        maps: (blocks, heads, n, n), rows are the attending tokens.
+        blocks: their numbers, from 0.
+        parts: name, first and last + 1 token of each scale; more than one are told apart by lines.
+        path, title: as in `plot_confusion`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    rows, heads, n, _ = maps.shape
+    side = min(2.6, max(1.3, 12 / heads))
+    figure = _figure(side * heads + 1.8, side * rows + 1.2, title)
+    grid = figure.subplots(rows, heads, squeeze=False, sharex=True, sharey=True)
+    grid[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    grid[0, 0].yaxis.get_major_locator().set_params(integer=True)
+    ticks = _middles(parts, apart=0.05 * n)
+    for matrices, block, line in zip(maps.numpy(), blocks, grid, strict=True):
+        low, high = np.quantile(matrices, (0.005, 0.995))  # single tokens that draw it all would leave the rest dark
+        for head, (matrix, axes) in enumerate(zip(matrices, line, strict=True)):
+            image = axes.imshow(matrix, vmin=low, vmax=high)
+            axes.tick_params(labelsize=7)
+            if block == blocks[0]:
+                axes.set_title(f"head {head}", fontsize=9)
+            if len(parts) > 1:
+                for _, start, _ in parts[1:]:
+                    axes.axhline(start - 0.5, color="white", linewidth=0.6)
+                    axes.axvline(start - 0.5, color="white", linewidth=0.6)
+                axes.set_xticks(*ticks, rotation=90)
+                axes.set_yticks(*ticks)
+        line[0].set_ylabel(f"block {block}", fontsize=9)
+        bar = figure.colorbar(image, ax=list(line), extend="both", pad=0.01)
+        bar.ax.tick_params(labelsize=7)
+    figure.supxlabel("token that is attended to", fontsize=9)
+    figure.supylabel("token that attends", fontsize=9)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_overlays(
+    images: torch.Tensor, names: list[str], rows: list[tuple[str, torch.Tensor]], path: Path, title: str
+) -> None:
+    """Draw images in columns, and below each the maps over it.
+
+    Args:
+        images: (b, 3, h, w) in 0..1.
+        names: (b) titles of the columns.
+        rows: label and maps (b, rows, columns) of patches; 1 stands for an even share.
+        path, title: as in `plot_confusion`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    height, width = pixels.shape[1:3]
+    b = len(images)
+    figure = _figure(1.45 * b + 1.8, 1.5 * (len(rows) + 1) + 0.8, title)
+    grid = figure.subplots(len(rows) + 1, b + 1, squeeze=False, width_ratios=[1.0] * b + [0.08])
+    grid, bars = grid[:, :b], grid[:, b]
+    bars[0].axis("off")
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for axes, image, name in zip(grid[0], pixels, names, strict=True):
+        axes.imshow(image)
+        axes.set_title(name, fontsize=8)
+    grid[0, 0].set_ylabel("image", fontsize=8)
+    for (label, maps), line, place in zip(rows, grid[1:], bars[1:], strict=True):
+        low, high = maps.min().item(), np.quantile(maps.numpy(), 0.99)
+        for axes, image, heat in zip(line, pixels, maps.numpy(), strict=True):
+            axes.imshow(image.mean(axis=-1), cmap="gray", vmin=-0.5, vmax=1)  # what is black is seen through colour
+            extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+            shown = axes.imshow(heat, cmap="inferno", vmin=low, vmax=high, alpha=0.6, extent=extent)
+        line[0].set_ylabel(label, fontsize=8)
+        figure.colorbar(shown, cax=place, extend="max")
+        place.tick_params(labelsize=7)
+    figure.supxlabel("colour: attention that a patch receives from the class token, 1 = an even share", fontsize=9)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_distances(distances: torch.Tensor, even: float, path: Path, title: str) -> None:
+    """Draw the mean attention distance by depth, one dot a head.
+
+    Args:
+        distances: (depth, heads) in pixels.
+        even: the distance if every token attended to all it sees alike.
+        path, title: as in `plot_confusion`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    depth, heads = distances.shape
+    figure = _figure(6.5, 4.2, title)
+    axes = figure.add_subplot()
+    axes.axhline(even, color="gray", linestyle="--", linewidth=1, label="even attention")
+    axes.plot(distances.mean(dim=1).numpy(), color="black", linewidth=1, label="mean over heads")
+    blocks = np.arange(depth).repeat(heads)
+    axes.scatter(blocks, distances.flatten().numpy(), s=26, alpha=0.7, zorder=3, label="one head")
+    axes.set(xlabel="block", ylabel="mean attention distance (pixels)")
+    axes.set_ylim(0, 1.1 * max(even, distances.max().item()))
+    axes.set_xticks(range(0, depth, max(1, depth // 12)))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=DPI)
+
+
+def tile(tiles: np.ndarray, columns: int, gap: int, fill: float | tuple) -> np.ndarray:
+    """Lay tiles (n, h, w, ...) out in rows of `columns`, `gap` pixels of `fill` between; (rows, columns, ...)."""
+    n, height, width = tiles.shape[:3]
+    rows = -(-n // columns)
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, *tiles.shape[3:])
+    canvas = np.full(shape, fill, dtype=np.float32)
+    for i, each in enumerate(tiles):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = each
+    return canvas
+
+
+def _panels(count: int, height: float, title: str, side: float = 5.0):
+    """A figure and its `count` axes, at most two in a row."""
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure = _figure(side * columns + 1.2, height * rows + 0.6, title)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.remove()
+    return figure, panels[:count]
+
+
+def plot_similarity(tables: list[tuple[str, torch.Tensor, tuple[int, int]]], path: Path, title: str) -> None:
+    """Draw, for patches spread over the grid, how alike their position embedding is to each one of the grid.
+
+    Args:
+        tables: name, cosine similarity (n, n) and grid (rows, columns) of each scale.
+        path, title: as in `plot_confusion`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure, panels = _panels(len(tables), 4.8, title)
+    low = min(similarity.min().item() for _, similarity, _ in tables)
+    for axes, (name, similarity, (rows, columns)) in zip(panels, tables, strict=True):
+        shown = [np.linspace(0, side - 1, min(side, 8)).round().astype(int) for side in (rows, columns)]
+        chosen = (shown[0][:, None] * columns + shown[1]).flatten()
+        gap = max(1, rows // 7)
+        tiles = similarity.numpy()[chosen].reshape(-1, rows, columns)
+        image = axes.imshow(tile(tiles, len(shown[1]), gap, np.nan), vmin=low, vmax=1, interpolation="nearest")
+        for set_ticks, places, side in ((axes.set_yticks, shown[0], rows), (axes.set_xticks, shown[1], columns)):
+            set_ticks(np.arange(len(places)) * (side + gap) + (side - 1) / 2, places, fontsize=8)
+        axes.set_title(f"{name}, grid {rows} x {columns}", fontsize=9)
+        axes.set_xlabel("column of the patch", fontsize=9)
+        axes.set_ylabel("row of the patch", fontsize=9)
+    figure.colorbar(image, ax=panels, label="cosine similarity", shrink=0.7)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_filters(groups: list[tuple[str, torch.Tensor]], path: Path, title: str) -> None:
+    """Draw filters, each scaled to its own range.
+
+    Args:
+        groups: name and filters (n, c, h, w) of each scale, c 3 or 1.
+        path, title: as in `plot_confusion`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure, panels = _panels(len(groups), 3.4, title)
+    for axes, (name, filters) in zip(panels, groups, strict=True):
+        low, high = filters.amin(dim=(1, 2, 3), keepdim=True), filters.amax(dim=(1, 2, 3), keepdim=True)
+        tiles = ((filters - low) / (high - low).clamp(min=1e-12)).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        n = len(tiles)
+        widths = range(round((1.2 * n) ** 0.5), round((3 * n) ** 0.5) + 1) if n > 4 else [n]
+        columns = min(widths, key=lambda width: -n % width)  # the fewest empty places
+        gap, color = max(1, tiles.shape[1] // 8), (0.75, 0.85, 0.95)  # unlike any pixel of a gray filter
+        canvas = tile(tiles, columns, gap, color)
+        axes.imshow(canvas, interpolation="nearest")
+        axes.set(facecolor=color, xticks=[], yticks=[])
+        axes.set(xlim=(-0.5 - gap, canvas.shape[1] - 0.5 + gap), ylim=(canvas.shape[0] - 0.5 + gap, -0.5 - gap))
+        axes.set_title(
+            f"{name}\n{filters.shape[-1]} x {filters.shape[-2]} px, each scaled to its own range", fontsize=9
+        )
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_mistakes(
+    images: torch.Tensor, true: list[str], predicted: list[str], probability: list[float], path: Path, title: str
+) -> None:
+    """Draw misclassified images with what they are and what was predicted.
+
+    Args:
+        images: (b, 3, h, w) in 0..1.
+        true, predicted: (b) names of classes.
+        probability: (b) of the predicted class.
+        path, title: as in `plot_confusion`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    columns = min(5, len(images))
+    rows = -(-len(images) // columns)
+    figure = _figure(2.0 * columns, 2.25 * rows + 0.6, title)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, is_, seems, p in zip(grid.flat, images, true, predicted, probability, strict=False):
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        axes.set_title(f"{shorten(seems)} {100 * p:.1f} %\nis {shorten(is_)}", fontsize=8)
+    figure.savefig(path, dpi=DPI)

@@ -1,0 +1,189 @@
+"""Tables and curves of all runs in a folder.
+
+    python plot.py                              # output/
+    python plot.py output/ --logs logs/         # with the training loss of every logged step, from TensorBoard
+    python plot.py output/RUN.jsonl --out .     # one run
+    python plot.py RescaleViT/output --out pictures   # logs of ChaofanTao/RescaleViT, as they are
+
+Prints a table a data set, and writes results.md, results.csv, comparison_DATASET.png and RUN_curves.png. Accuracy is
+that of the best checkpoint, mean and sample standard deviation over seeds; unfinished runs show their last step and
+are in no mean.
+"""
+
+from utils import options
+from utils.options import UserError
+
+if __name__ == "__main__":  # a wrong flag is answered before anything is loaded
+    ARGS = options.plot_parser().parse_args()
+
+import re
+import statistics
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from models import MODELS, NORM_TYPES, model_sizes
+from utils import results
+from utils.results import Row, Run
+
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+
+
+def new_figure(width: float, height: float):
+    """A figure that is only ever saved, never shown."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def mark(run: Run) -> str | None:
+    """A few evaluations are points, many are a line."""
+    return "o" if len(run.steps) <= 20 else None
+
+
+def draw_run(run: Run, path: Path, logs: Path | None) -> None:
+    """Evaluated loss and accuracy against steps, and beside them the training loss where it is known.
+
+    Args:
+        run: as read.
+        path: of the PNG.
+        logs: folder of the TensorBoard logs, for the training loss of every logged step.
+    """
+    steps, train = results.read_board(logs / run.settings.get("name", run.id), "train/loss") if logs else ([], [])
+    history = bool(steps) or len(run.train_loss) == len(run.steps) > 0
+    figure = new_figure(12 if history else 7, 4.5)
+    state = f"best {100 * run.best:.2f} %, last {100 * run.last:.2f} %" if run.finished else run.progress
+    figure.suptitle(f"{run.id}\n{run.dataset}: {state}", fontsize=11)
+
+    left = figure.add_subplot(1, 1 + history, 1)
+    right = left.twinx()
+    style = dict(marker=mark(run), markersize=3)
+    losses = left.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style)
+    scores = [100 * value for value in run.accuracy]
+    scores = right.plot(run.steps, scores, color="tab:blue", label=f"{run.chosen_on} accuracy", **style)
+    left.set(xlabel="step", title="Evaluation")
+    left.set_ylabel("loss", color="tab:green")
+    right.set_ylabel("accuracy, %", color="tab:blue")
+    left.grid(alpha=0.3)
+    left.legend(handles=losses + scores, loc="center right")
+
+    if history:
+        axes = figure.add_subplot(1, 2, 2)
+        if steps:
+            axes.plot(steps, train, color="tab:orange", alpha=0.4, linewidth=0.8, label="training loss, one step")
+        if len(run.train_loss) == len(run.steps):
+            axes.plot(run.steps, run.train_loss, color="tab:red", label="training loss, mean", **style)
+        axes.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style)
+        axes.set(xlabel="step", ylabel="loss", title="Training history")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def curve(runs: list[Run], values: str) -> tuple[list[int], list[float], list[float]]:
+    """Mean and sample standard deviation over runs, at the steps that all of them have."""
+    found = [dict(zip(run.steps, getattr(run, values), strict=True)) for run in runs]
+    steps = [step for step in sorted(found[0]) if all(step in run for run in found)]
+    columns = [[run[step] for run in found] for step in steps]
+    spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+    return steps, [statistics.fmean(column) for column in columns], spread
+
+
+def looks(rows: list[Row]) -> list[dict]:
+    """Colour and line of each row: one tells the norm and the start, the other the model, whichever are more."""
+    norms = [f"{row.run.norm} {row.run.pretrained}" for row in rows]
+    models = [row.label for row in rows]
+    colours, lines = (norms, models) if len(set(norms)) >= len(set(models)) else (models, norms)
+    by_colour, by_line = (list(dict.fromkeys(names)) for names in (colours, lines))
+    return [
+        dict(color=f"C{by_colour.index(colour) % 10}", linestyle=LINES[by_line.index(line) % len(LINES)])
+        for colour, line in zip(colours, lines, strict=True)
+    ]
+
+
+def draw_comparison(dataset: str, chosen_on: str, rows: list[Row], path: Path) -> None:
+    """Evaluated accuracy and loss of all runs on a data set: the mean over seeds, in a band of ± one deviation."""
+    columns = 3 if len(rows) <= 12 else 4
+    figure = new_figure(12, 5 + 0.22 * -(-len(rows) // columns))
+    band = any(len(row.runs) > 1 for row in rows)
+    figure.suptitle(dataset + ("; mean over seeds, band ± sample standard deviation" if band else ""), fontsize=12)
+    for place, (values, scale, unit) in enumerate((("accuracy", 100, ", %"), ("loss", 1, ""))):
+        axes = figure.add_subplot(1, 2, 1 + place)
+        for row, look in zip(rows, looks(rows), strict=True):
+            steps, mean, spread = curve(row.runs, values)
+            mean, spread = ([scale * value for value in column] for column in (mean, spread))
+            thin = dict(linewidth=0.8 if not row.run.finished else 1.6 if len(rows) <= 8 else 1.1)
+            if steps and not row.run.finished:  # a cross where it stands
+                thin |= dict(marker="x", markevery=[-1])
+            axes.plot(steps, mean, label=row.legend if place == 0 else None, **look, **thin)
+            if len(row.runs) > 1:
+                low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+                axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        axes.set(xlabel="step", ylabel=f"{chosen_on} {values}{unit}")
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def plan(words: list[str]) -> int:
+    """Say what a train.py with these flags would do here: its steps, its state, and the time by runs like it."""
+    args = options.parse_train_args(words, MODELS, NORM_TYPES, model_sizes)
+    steps = f"{args.num_steps} steps" if args.num_steps else f"{args.epochs:g} epochs"
+    folder, run_id = Path(args.output_dir), options.run_id(args)
+    try:
+        runs = results.read_runs(folder)
+    except UserError:
+        runs = []
+    run = next((run for run in runs if run.id == run_id), None)
+    clash = (
+        [f"{key} {run.settings[key]}" for key in results.differing(run.settings, options.settings(args))] if run else []
+    )
+    if clash:
+        print(f"  {steps}; would be refused, as the run exists with {', '.join(clash[:3])}")
+    elif run and run.finished:
+        print(f"  {steps}; finished: best accuracy {run.best:f}")
+    else:
+        found = results.time_like(runs, options.settings(args))
+        time = f"time unknown, as {folder} holds no finished run of this cost"
+        if found:
+            done = run.steps[-1] / run.num_steps if run and run.steps else 0
+            time = f"about {found[0] * (1 - done):.1f} min, as {found[1].id} took {found[1].minutes:.1f}"
+        print(f"  {steps}; {f'goes on after {run.progress}; ' if run else ''}{time}")
+    return 0
+
+
+def main(args: Namespace) -> int:
+    if args.plan is not None:
+        return plan(args.plan)
+    if args.logs and not Path(args.logs).is_dir():
+        raise UserError(f"{args.logs}: no such folder")
+    runs = results.read_runs(args.runs)
+    for run in runs:
+        if run.cut_off:
+            print(f"plot.py: {run.id}: the last line is cut off and left out", file=sys.stderr)
+    found = results.tables(runs)
+    text = "\n".join(results.markdown(*key, rows) for key, rows in found.items())
+    print(text)
+    path = Path(args.runs)
+    folder = Path(args.out) if args.out else path if path.is_dir() else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.md").write_text(text, encoding="utf-8")
+        (folder / "results.csv").write_text(results.csv_text(found), encoding="utf-8")
+        for (dataset, chosen_on), rows in found.items():
+            name = re.sub(r"[^\w.-]+", "_", dataset) + ("" if chosen_on == "test" else f"_{chosen_on}")
+            draw_comparison(dataset, chosen_on, rows, folder / f"comparison_{name}.png")
+        drawn = [run for run in runs if run.steps]
+        for run in drawn:
+            draw_run(run, folder / f"{run.id}_curves.png", Path(args.logs) if args.logs else None)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
+    print(f"{folder}: results.md, results.csv, {len(found)} comparison_*.png, {len(drawn)} *_curves.png")
+    return 0
+
+
+if __name__ == "__main__":
+    options.run_main(main, ARGS)

@@ -1,0 +1,336 @@
+"""plot.py and the sweeps of train1.sh and train3.sh, as a user calls them.
+
+data/rescalevit_logs/ holds shortened logs of the form that ChaofanTao/RescaleViT publishes: a finished run, one whose
+log goes on with later calls that train nothing, and one without an end.
+"""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, call
+
+import plot
+from utils import results
+
+LOGS = Path(__file__).parent / "data" / "rescalevit_logs"
+SCRATCH, PRETRAINED = (f"cifar10_ViT-B_32_norm_LN_fp_True_img_224_pretrain_{c}" for c in "FT")
+PNG = b"\x89PNG"
+
+
+def cells(text: str) -> list[list[str]]:
+    """The cells of Markdown tables, without the lines below the heads."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def table(folder: Path) -> list[dict]:
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:4] == PNG
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+# ---------------------------------------------------------------- logs of RescaleViT
+
+
+def test_table_of_rescalevit_logs(tmp_path):
+    out = call("plot.py", LOGS, "--out", tmp_path).stdout
+    head = ["model", "LN", "BN", "GN", "Rescale", "resolution", "acc(%), best on test", "time(min)"]
+    assert cells(out) == [
+        head,
+        ["ViT-B_32", "+", "", "", "", "224x224", "67.56", "68.5"],
+        ["ViT-B_32*", "+", "", "", "", "224x224", "98.48", "67.7"],
+        head,
+        ["ViT-L_16", "", "+", "", "", "224x224", "step 8300 of 20000 (seed 42)", ""],
+    ]
+    assert "### cifar10\n" in out and "### cifar100\n" in out
+    assert (tmp_path / "results.md").read_text() in out
+    first, second, third = table(tmp_path)
+    assert (first["best"], first["last"], first["n"], first["minutes"]) == ("0.6756", "0.6747", "1", "68.5")
+    assert (second["best"], second["last"], second["pretrained"]) == ("0.9848", "0.9844", "True")
+    assert (third["state"], third["n"], third["best"], third["step"]) == ("incomplete", "0", "", "8300")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "results.md", "results.csv", "comparison_cifar10.png", "comparison_cifar100.png",
+        *(f"{path.stem}_curves.png" for path in LOGS.iterdir()),
+    }  # fmt: skip
+    for path in tmp_path.glob("*.png"):
+        assert all(600 <= side <= 2000 for side in size_of(path)), path
+
+
+def test_curves_of_rescalevit_logs():
+    run = results.read_run(LOGS / f"{SCRATCH}.txt")
+    assert run.steps == [100, 1000, 2000, 19800, 19900, 20000] and run.finished
+    assert run.loss == [1.88619, 1.71997, 1.5139, 0.98283, 0.98279, 0.98277]
+    assert run.accuracy == [0.2971, 0.3851, 0.4442, 0.6748, 0.6747, 0.6747]
+    assert (run.dataset, run.model, run.norm, run.image_size) == ("cifar10", "ViT-B_32", "LN", 224)
+    assert run.settings["learning_rate"] == 0.05 and not run.train_loss and not run.pretrained
+    late = results.read_run(LOGS / f"{PRETRAINED}.txt")  # a later call without steps is not the run
+    assert late.finished and late.best == 0.9848 and late.steps[-1] == 20000 and late.pretrained
+    part = results.read_run(LOGS / "cifar100_ViT-L_16_norm_BN_fp_True_img_224_pretrain_F.txt")
+    assert not part.finished and part.best is part.last is None and part.num_steps == 20000
+    assert (part.steps[-1], part.accuracy[-1], part.loss[-1]) == (8300, 0.2687, 3.01525)
+
+
+def test_a_log_cut_at_any_byte_is_read_up_to_there(tmp_path):
+    text = (LOGS / f"{SCRATCH}.txt").read_text()
+    whole, path = results.read_run(LOGS / f"{SCRATCH}.txt"), tmp_path / f"{SCRATCH}.txt"
+    for end in range(0, len(text), 7):
+        path.write_text(text[:end])
+        run = results.read_run(path)
+        n = len(run.steps)
+        assert run.steps == whole.steps[:n] and run.loss == whole.loss[:n] and len(run.accuracy) == n
+        assert not run.finished or "End Training" in text[:end]
+
+
+# ---------------------------------------------------------------- our own runs
+
+
+def write_run(folder: Path, scores, seed=42, norm="LN", steps=4, ended=True, chosen_on="test", **settings) -> Path:
+    """A run with an evaluation a step; the best is the highest score."""
+    name = settings.pop("name", "run")
+    suffix = "" if seed == 42 else f"_seed_{seed}"
+    path = folder / f"{name}_ViT-Ti_16_norm_{norm}_fp_False_img_28_pretrain_F{suffix}.jsonl"
+    settings = dict(seed=seed, dataset="cifar10", data_dir="data", num_steps=steps, learning_rate=0.1) | settings
+    lines = [dict(event="start", settings=settings, selected_on=chosen_on)]
+    for i, score in enumerate(scores, 1):
+        lines.append(dict(event="eval", step=i, loss=2 - score, accuracy=score, train_loss=2.5 - score, seconds=60 * i))
+    if ended:
+        more = dict(test_accuracy=0.11, test_accuracy_last=0.1) if chosen_on == "val" else {}
+        end = dict(best_accuracy=max(scores), last_accuracy=scores[-1], seconds=60 * steps + 30)
+        lines.append(dict(event="end", **end, **more))
+    folder.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_mean_and_spread_over_seeds(tmp_path):
+    seeds = {1: [0.1, 0.3, 0.5, 0.4], 2: [0.2, 0.4, 0.6, 0.6], 3: [0.1, 0.3, 0.7, 0.65]}
+    for seed, scores in seeds.items():
+        path = write_run(tmp_path, scores, seed)
+    path.with_suffix(".txt").write_text("not read, as there is a .jsonl\n")
+    write_run(tmp_path, [0.9, 0.99], 4, ended=False)
+    write_run(tmp_path, [0.3, 0.2, 0.3, 0.25], norm="Rescale")
+    write_run(tmp_path, [0.3, 0.2, 0.3, 0.25], 1, norm="GN", chosen_on="val", dataset="emnist", emnist_split="letters")
+    out = call("plot.py", tmp_path).stdout
+    assert cells(out)[1:4] == [
+        ["ViT-Ti_16", "+", "", "", "", "28x28", "60.00 ± 10.00 (n=3)", "4.5"],
+        ["ViT-Ti_16", "+", "", "", "", "28x28", "step 2 of 4 (seed 4)", ""],
+        ["ViT-Ti_16", "", "", "", "+", "28x28", "30.00", "4.5"],
+    ]
+    assert "### emnist letters\n" in out and "acc(%), test, best on val" in out
+    assert cells(out)[-1][-2] == "11.00"  # the test accuracy of the checkpoint chosen on held-out images
+    row = table(tmp_path)[0]
+    assert float(row["best"]) == pytest.approx(0.6) and float(row["best_sd"]) == pytest.approx(0.1)
+    assert float(row["last"]) == pytest.approx(0.55) and row["seeds"] == "1 2 3"
+    assert float(row["last_sd"]) == pytest.approx(statistics.stdev([0.4, 0.6, 0.65]), abs=1e-5)
+    assert (tmp_path / "comparison_cifar10.png").exists() and (tmp_path / "comparison_emnist_letters_val.png").exists()
+    assert len(list(tmp_path.glob("*_curves.png"))) == 6
+    steps, mean, spread = plot.curve(
+        [run for run in results.read_runs(tmp_path) if run.finished and run.norm == "LN"], "accuracy"
+    )
+    assert steps == [1, 2, 3, 4] and mean == pytest.approx([0.4 / 3, 1 / 3, 0.6, 0.55])
+    assert spread[2] == pytest.approx(0.1)
+
+
+def test_other_settings_are_no_seeds(tmp_path):
+    write_run(tmp_path, [0.5] * 4, 1)
+    write_run(tmp_path, [0.6] * 4, 2, learning_rate=0.2)
+    write_run(tmp_path, [0.7] * 4, 2, data_dir="elsewhere", name="other")
+    labels = [row[0] for row in cells(call("plot.py", tmp_path).stdout)[1:]]
+    assert labels == ["ViT-Ti_16 (other)", "ViT-Ti_16 (run, learning_rate 0.1)", "ViT-Ti_16 (run, learning_rate 0.2)"]
+
+
+def test_one_file_alone_and_a_cut_last_line(tmp_path):
+    path = write_run(tmp_path, [0.1, 0.2, 0.3, 0.4])
+    write_run(tmp_path, [0.1], norm="BN", ended=False)
+    text = path.read_text()
+    path.write_text(text[: text.index('"event": "end"') + 5])
+    done = call("plot.py", path, "--out", tmp_path / "new" / "folder")
+    assert done.stderr == f"plot.py: {path.stem}: the last line is cut off and left out\n"
+    assert [row[-2] for row in cells(done.stdout)[1:]] == ["step 4 of 4 (seed 42)"]
+    assert len(list((tmp_path / "new" / "folder").iterdir())) == 4
+
+
+def test_mistakes_are_answered_in_one_line_without_torch(tmp_path):
+    good = write_run(tmp_path / "good", [0.1, 0.2, 0.3, 0.4])
+    for name, text in [
+        ("bare", ""),
+        ("middle", "{\n{}\n"),
+        ("other", '{"event": "eval"}\n'),
+        ("old", '{"event": "start"}\n'),
+    ]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / good.name).write_text(text)
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / good.with_suffix(".txt").name).write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / good.with_suffix(".txt").name).write_text("Global Steps: 100\nValid Loss: high\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for words, expected in [
+        ([tmp_path / "none"], "none: no such folder"),
+        ([tmp_path / "empty"], "holds no run"),
+        ([tmp_path / "file"], "not named as a run"),
+        ([tmp_path / "bare"], "does not begin with the record 'start'"),
+        ([tmp_path / "other"], "does not begin with the record 'start'"),
+        ([tmp_path / "middle"], "line 1 is not JSON"),
+        ([tmp_path / "old"], "lacks 'settings'"),
+        ([tmp_path / "binary"], "not a text file"),
+        ([tmp_path / "words"], "'Valid Loss: high' is not a line"),
+        ([tmp_path / "good", "--logs", tmp_path / "none"], "none: no such folder"),
+        ([tmp_path / "good", "--out", tmp_path / "file"], "cannot be written to"),
+        (["--otu", "x"], "did you mean --out?"),
+    ]:
+        done = call("plot.py", *words, check=2)
+        assert done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr
+    code = f"""
+import runpy, sys
+sys.argv = ["plot.py", {str(tmp_path / "good")!r}]
+try:
+    runpy.run_path("plot.py", run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "results.csv" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------- sweeps
+
+SMALL = (
+    "--dataset fashionmnist-mini --img_size 28 --patch_size 7 --dim 32 --depth 2 --heads 2 --mlp_dim 64 "
+    "--num_steps 4 --eval_every 2 --train_batch_size 32 --eval_batch_size 512"
+).split()
+
+
+class Sweep:
+    """A sweep of train1.sh with its results in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.output = folder, folder / "output"
+        (folder / "tmp").mkdir()
+
+    def start(self, *words, script="train1.sh", **env) -> subprocess.Popen:
+        env = dict(ARCHS="ViT-Ti_16", PYTHON=sys.executable, OMP_NUM_THREADS="1", TMPDIR=str(self.folder / "tmp")) | env
+        flags = ["--output_dir", str(self.output), "--log_dir", str(self.folder / "logs")]
+        command = ["sh", str(ROOT / script), *SMALL, *flags, *map(str, words)]
+        files = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder)
+        return subprocess.Popen(command, env={**os.environ, **env}, start_new_session=True, **files)
+
+    def run(self, *words, status=0, **more) -> tuple[str, str]:
+        process = self.start(*words, **more)
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == status, (process.returncode, out, error)
+        assert not list((self.folder / "tmp").glob("tmp.*"))
+        return out, error
+
+    def ends(self) -> dict[str, int]:
+        """When each finished run was last written, by norm and seed."""
+        paths = [path for path in self.output.glob("*.jsonl") if '"event": "end"' in path.read_text()]
+        return {path.stem.split("_norm_")[1]: path.stat().st_mtime_ns for path in paths}
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    limit = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Two norms and two seeds; killed during the second run, and called again."""
+    sweep = Sweep(tmp_path_factory.mktemp("sweep"))
+    settings = dict(NORMS="LN BN", SEEDS="1 2")
+    process = sweep.start(**settings)
+    wait_for(lambda: len(list(sweep.output.glob("*.txt"))) == 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = sweep.ends()
+    assert 1 <= len(before) < 4
+    for left in (sweep.folder / "tmp").glob("tmp.*"):  # nobody could clean up
+        shutil.rmtree(left)
+    return sweep, before, sweep.run(GPUS="0 0", **settings)[0]
+
+
+def test_killed_sweep_finishes_what_is_missing(swept):
+    sweep, before, out = swept
+    after = sweep.ends()
+    assert len(after) == 4 and before.items() <= after.items()
+    assert out.count("is finished: best accuracy") == len(before)
+    assert out.count("Best Accuracy:") == 4 - len(before)
+    rows = cells(out)[1:]
+    assert [row[1:3] for row in rows] == [["+", ""], ["", "+"]]
+    assert all(row[-2].endswith("(n=2)") and "±" in row[-2] for row in rows)
+    assert {row["n"] for row in table(sweep.output)} == {"2"}
+
+
+def test_failed_cell_is_named_and_stops_no_other(swept):
+    sweep = swept[0]
+    out, error = sweep.run(NORMS="XX LN", SEEDS="1", status=1)
+    assert "is finished" in out and "### fashionmnist-mini" in out
+    assert error.endswith("failed:\n  ViT-Ti_16 XX seed 1: status 2\n")
+
+
+@pytest.mark.parametrize("how, gpus", [(signal.SIGINT, "0"), (signal.SIGTERM, "0 0")])
+def test_stopped_sweep_loses_nothing(tmp_path, how, gpus):
+    sweep, workers = Sweep(tmp_path), len(gpus.split())
+    process = sweep.start("--num_steps", 5000, "--eval_every", 20, NORMS="LN BN GN", SEEDS="7", GPUS=gpus)
+    wait_for(lambda: len(list(sweep.output.glob("*_last.bin"))) == workers, process)
+    if how == signal.SIGINT:  # Ctrl-C reaches the whole foreground group
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + how, (out, error)
+    assert error.endswith("sweep stopped; the same command goes on from here\n")
+    logs = [path.read_text() for path in sweep.output.glob("*.txt")]
+    assert len(logs) == workers and all("saved, the same command goes on from there" in log for log in logs)
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        os.killpg(process.pid, 0)
+
+
+def test_dry_run_says_what_would_happen(swept):
+    sweep = swept[0]
+    out, _ = sweep.run(NORMS="LN Rescale", SEEDS="1 42", DRY_RUN="1")
+    name = "--name cifar10-100_500 --dataset cifar10 --model_type ViT-Ti_16 --norm_type"
+    commands = [line for line in out.splitlines() if " train.py " in line]
+    assert len(commands) == 4 and f"{name} Rescale --seed 42" in commands[3]
+    answers = [line for line in out.splitlines() if line.startswith("  ")]
+    assert answers[0].startswith("  4 steps; finished: best accuracy 0.")
+    assert all("  4 steps; about 0." in answer for answer in answers[1:])
+    assert "in all about 0 min, one after another\n" in out
+    out, _ = sweep.run("--num_steps", 8, NORMS="LN", SEEDS="1", DRY_RUN="1")
+    assert "would be refused, as the run exists with num_steps 4" in out
+    out, _ = sweep.run("--dim", 64, NORMS="BN", SEEDS="3", DRY_RUN="1", script="train3.sh", ARCHS="ViT-L_16")
+    assert "--name cifar100-100_500 --dataset cifar100" in out and "without 1 of unknown time" in out
+    assert "--train_batch_size 64 --dataset" in out  # the user's flags come last
+
+
+def test_the_whole_sweep_is_the_published_one(tmp_path):
+    env = dict(DRY_RUN="1", ARCHS="")
+    lines = [line for line in Sweep(tmp_path).run(**env)[0].splitlines() if " train.py " in line]
+    assert len(lines) == 16 and all("@recipes/rescalevit_cifar10.args" in line for line in lines)
+    assert [("--train_batch_size 64" in line) for line in lines] == 12 * [False] + 4 * [True]
+
+
+def test_one_cell_of_a_job_array(tmp_path):
+    sweep = Sweep(tmp_path)
+    out, _ = sweep.run(NORMS="LN BN", SEEDS="1 2", DRY_RUN="1", CELL="2")
+    assert out.count(" train.py ") == 1 and "--norm_type BN --seed 1" in out
+    _, error = sweep.run(NORMS="LN BN", SEEDS="1 2", CELL="4", status=2)
+    assert error == "train1.sh: no cell 4, there are 4 from 0 on\n"
