@@ -435,6 +435,9 @@ def run_main(main, args: argparse.Namespace, at_end=None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except BrokenPipeError:  # the reader has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     finally:
         if at_end:
             at_end()
