@@ -101,7 +101,7 @@ worker() { # gpu, then the user's flags: take cells that nobody has, until there
 workers=
 stop() { # status
     [ -e "$state/stop" ] || echo "$1" >"$state/stop"
-    for pid in $workers; do kill -TERM "$pid" 2>/dev/null; done
+    for each in $workers; do kill -TERM "$each" 2>/dev/null; done # not `pid`, which the loop that this interrupts uses
 }
 trap 'stop 129' HUP
 trap 'stop 130' INT
