@@ -499,3 +499,14 @@ def test_images_of_another_size(kind):
 def test_unknown_norm_in_class():
     with pytest.raises(ValueError, match="unknown norm type 'LN', one of BN GN Rescale"):
         RescaleViT(norm_type="LN", **TINY)
+
+
+@pytest.mark.parametrize("module", [vit, dems, mvit, rescale_vit])
+def test_attention_in_bfloat16_is_torchs(module):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 17, 8, dtype=torch.bfloat16).requires_grad_()
+    k, v = k[:, :, :11], v[:, :, :11]
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert (module.attend(q, k, v) - exact).abs().max() < 0.03
+    dropped = torch.stack([module.attend(q, k, v, 0.5) for _ in range(400)]).double().mean(dim=0)
+    assert (dropped - exact).abs().mean() < 0.05  # dropout keeps the mean
