@@ -70,7 +70,7 @@ def evaluate(
     return dict(accuracy=correct / seen, top5=top5, loss=loss, correct=correct, seen=seen, confusion=confusion)
 
 
-def eval_augment(args: dict, device: torch.device) -> Augment:
+def eval_augment(args: dict, device: torch.device, precision: str) -> Augment:
     """Resize, centre crop and normalisation of evaluation, from the flags of a run."""
     return Augment(
         args["img_size"],
@@ -79,6 +79,7 @@ def eval_augment(args: dict, device: torch.device) -> Augment:
         interpolation=args["interpolation"],
         crop_pct=args["crop_pct"],
         device=device,
+        dtype=dist_util.DTYPES[precision],
     )
 
 
@@ -106,7 +107,7 @@ def load_run(path: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
     return model.to(device).eval(), state
 
 
-def test_images(args: argparse.Namespace, run: dict, device: torch.device):
+def test_images(args: argparse.Namespace, run: dict, device: torch.device, precision: str):
     """The test images of the checkpoint's data set, or of the one that the flags name.
 
     Returns:
@@ -120,7 +121,7 @@ def test_images(args: argparse.Namespace, run: dict, device: torch.device):
 
     def batches(images: readers.ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return data_utils.eval_batches(
-            images, eval_augment(run["args"], device),
+            images, eval_augment(run["args"], device, precision),
             batch_size=flags.eval_batch_size, device=device, num_workers=args.num_workers,
         )  # fmt: skip
 
@@ -129,14 +130,14 @@ def test_images(args: argparse.Namespace, run: dict, device: torch.device):
 
 def score(args: argparse.Namespace, model: torch.nn.Module, run: dict, device: torch.device, precision: str) -> dict:
     """Evaluate on the checkpoint's data set, or on the one that the flags name."""
-    flags, images, batches = test_images(args, run, device)
+    flags, images, batches = test_images(args, run, device, precision)
     result = evaluate(model, batches(images), len(run["classes"]), device, precision)
     return {"dataset": flags.dataset, "data_dir": flags.data_dir, **result}
 
 
-def read_images(files: list[str], run: dict, device: torch.device) -> Iterator[torch.Tensor]:
+def read_images(files: list[str], run: dict, device: torch.device, precision: str) -> Iterator[torch.Tensor]:
     """Image files as the model takes them, (1, 3, size, size) each."""
-    augment = eval_augment(run["args"], device)
+    augment = eval_augment(run["args"], device, precision)
     for file in files:
         image = pil_to_tensor(readers.read_image(file))[None].to(device)
         yield augment(image, augment.draw(torch.tensor([image.shape[-2:]])))
@@ -146,7 +147,7 @@ def read_images(files: list[str], run: dict, device: torch.device) -> Iterator[t
 def classify(files: list[str], model: torch.nn.Module, run: dict, device: torch.device, precision: str, top: int):
     """Class names and probabilities of image files: a list a file, most probable first."""
     answers = []
-    for image in read_images(files, run, device):
+    for image in read_images(files, run, device, precision):
         with dist_util.autocast(device, precision):
             logits = model(image)
         probability, label = logits.float().softmax(dim=1)[0].topk(min(top, len(run["classes"])))
@@ -160,12 +161,18 @@ def draw(
     """The pictures of --plot, by their kinds."""
     from utils import pictures
 
-    test = None if args.images or not {"attention", "errors"} & set(args.plot) else test_images(args, run, device)
+    test = (
+        None
+        if args.images or not {"attention", "errors"} & set(args.plot)
+        else test_images(args, run, device, precision)
+    )
 
     def images() -> tuple[torch.Tensor, list[str]]:
         """Those of --images, or the first test images, one of each class; and their names."""
         if args.images:
-            return torch.cat(list(read_images(args.images, run, device))), [Path(file).name for file in args.images]
+            return torch.cat(list(read_images(args.images, run, device, precision))), [
+                Path(file).name for file in args.images
+            ]
         _, images, batches = test
         index = pictures.first_of_each(images.labels)
         first = [batch for batch, _ in batches(images.part(index))]

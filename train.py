@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch

@@ -438,3 +438,21 @@ def test_wrong_flags(words, message, capsys):
         parse(*words.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "more", [dict(scale=(0.3, 1.0), flip=True, reprob=0.5), dict(scale=(0.8, 1.0), operations="randaugment")]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_bfloat16_is_within_three_levels(clothes, more, channels, interpolation):
+    images, sizes = clothes[:, :channels], torch.full((32, 2), 28)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        augment = Augment(40, (0.3, 0.5, 0.4), (0.2, 0.25, 0.3), interpolation=interpolation, dtype=dtype, **more)
+        results.append(augment(images, augment.draw(sizes, torch.Generator().manual_seed(5))))
+    exact, rounded = results
+    assert exact.shape == rounded.shape == (32, 3, 40, 40) and rounded.dtype == torch.bfloat16
+    level = 1 / (255 * torch.tensor([0.2, 0.25, 0.3]))[:, None, None]
+    difference = (exact - rounded.float()).abs()
+    assert (difference < 3 * level + exact.abs() / 256).all() and difference.mean() < 0.5 * level.mean()

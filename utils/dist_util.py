@@ -12,6 +12,7 @@ import torch.distributed as dist
 from utils.options import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision for the forward pass; nothing for 'fp32'."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
 def statistics_of(model: torch.nn.Module) -> list[torch.Tensor]:
