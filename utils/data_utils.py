@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resized_crop
+from torchvision.transforms.functional import pil_to_tensor
 
 from utils.augment import Augment, Mix
 from utils.options import UserError
@@ -91,22 +91,33 @@ def _row(position: int, missing: int, n: int, seed: int) -> torch.Tensor:
 
 
 class _Decode(torch.utils.data.Dataset):
-    """For DataLoader: a list of (i, box) -> images i, cut to their boxes and resized, (b, 3, size, size) uint8."""
+    """For DataLoader: a list of (i, box) -> images i, cut to their boxes, (b, 3, h, w) uint8, and their sizes (b, 2).
 
-    def __init__(self, paths: list[str], size: int, interpolation: str):
-        self.paths, self.size, self.interpolation = paths, size, InterpolationMode(interpolation)
+    Images smaller than the largest are padded. A side of 4 `size` or more is first reduced by averaging whole numbers
+    of pixels, to 2 `size` or more; that is hardly seen once the rest is resized, and bounds a batch's memory. Its size
+    is then that of the box divided by this number, not always whole.
+    """
 
-    def __getitems__(self, items: list[tuple[int, list[int] | None]]) -> torch.Tensor | str:
+    def __init__(self, paths: list[str], size: int):
+        self.paths, self.size = paths, size
+
+    def __getitems__(self, items: list[tuple[int, list[int] | None]]) -> tuple[torch.Tensor, torch.Tensor] | str:
         try:
-            return torch.stack([self._decode(*item) for item in items])
+            images, sizes = zip(*(self._decode(*item) for item in items), strict=True)
         except UserError as error:  # DataLoader would wrap it in the worker's traceback
             return str(error)
+        height, width = (max(image.shape[side] for image in images) for side in (1, 2))
+        batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+        for place, image in zip(batch, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return batch, torch.tensor(sizes)
 
-    def _decode(self, i: int, box: list[int] | None) -> torch.Tensor:
+    def _decode(self, i: int, box: list[int] | None) -> tuple[torch.Tensor, tuple[float, float]]:
         image = read_image(self.paths[i])
-        if box is not None:
-            image = resized_crop(image, *box, [self.size, self.size], self.interpolation)
-        return pil_to_tensor(image)
+        top, left, height, width = box or (0, 0, image.height, image.width)
+        down, across = (max(1, side // (2 * self.size)) for side in (height, width))
+        image = image.reduce((across, down), (left, top, left + width, top + height))
+        return pil_to_tensor(image), (height / down, width / across)
 
 
 def _as_is(batch):
@@ -134,18 +145,20 @@ def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device
             yield list(zip(data.ids[index].tolist(), boxes, strict=True))
 
     loader = DataLoader(
-        _Decode(data.source.paths, augment.size, augment.interpolation),
+        _Decode(data.source.paths, augment.size),
         batch_sampler=requests(),
         collate_fn=_as_is,
         worker_init_fn=_ignore_interrupts,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )
-    for images in loader:
-        if isinstance(images, str):
-            raise UserError(images)
+    for loaded in loader:
+        if isinstance(loaded, str):
+            raise UserError(loaded)
+        images, sizes = loaded
         index, params = planned.popleft()
-        params = {name: value for name, value in params.items() if name != "box"}
+        if "box" in params:  # cut already
+            params["box"] = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
         yield augment(images.to(device, non_blocking=True), params), data.labels[index].to(device, non_blocking=True)
 
 
