@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -92,6 +93,9 @@ class Run:
         self.average = None
         if args.ema_decay:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+        if args.grad_checkpoint:
+            for block in self.model.blocks:
+                block.forward = partial(checkpoint_activations, block.forward, use_reentrant=False)
         if args.compile:
             self.model.compile()
         self.parallel = self.model
@@ -103,13 +107,13 @@ class Run:
         self.augment = Augment(
             args.img_size, args.mean, args.std, interpolation=args.interpolation, scale=args.scale, flip=args.flip,
             pad=args.pad, rotation=args.rotation, operations=args.operations, aug_prob=args.aug_prob,
-            reprob=args.reprob, device=self.device,
+            reprob=args.reprob, device=self.device, dtype=dist_util.DTYPES[self.precision],
         )  # fmt: skip
         self.mix = None
         if args.mixup or args.cutmix:
             odds = dict(prob=args.mixup_prob, switch_prob=args.mixup_switch_prob)
             self.mix = Mix(len(data.classes), mixup=args.mixup, cutmix=args.cutmix, **odds)
-        self.eval_augment = eval_augment(vars(args), self.device)
+        self.eval_augment = eval_augment(vars(args), self.device, self.precision)
 
         self.step = 0  # updates done
         self.best = {"accuracy": -1.0, "step": 0}
@@ -373,7 +377,7 @@ def validate_only(args: Namespace, processes: dist_util.Processes, data: data_ut
     wanted = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     precision, _ = dist_util.usable_precision(wanted, processes.device)
     batches = data_utils.eval_batches(
-        data.test, eval_augment(vars(args), processes.device), batch_size=args.eval_batch_size,
+        data.test, eval_augment(vars(args), processes.device, precision), batch_size=args.eval_batch_size,
         rank=processes.rank, world=processes.world, device=processes.device, num_workers=args.num_workers,
     )  # fmt: skip
     result = evaluate(model.to(processes.device), batches, len(data.classes), processes.device, precision)

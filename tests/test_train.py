@@ -176,6 +176,13 @@ def test_accumulation_gives_the_update_of_the_whole_batch(tmp_path):
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), rel=1e-5)
 
 
+def test_activation_checkpointing_computes_the_same(tmp_path):
+    words = ["--name", "run", *TINY, "--num_steps", 4, "--eval_every", 2, "--ema_decay", 0.5, "--drop_path", 0.2]
+    call("train.py", *words, *places(tmp_path / "whole"))
+    call("train.py", *words, "--grad_checkpoint", *places(tmp_path / "parts"))
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-6)
+
+
 def test_batchnorm_statistics_agree_over_processes(tmp_path):
     words = ["--name", "run", *TINY, "--norm_type", "BN", "--num_steps", 3, "--dropout", 0, "--ema_decay", 0.5]
     out = torchrun(2, *words, *places(tmp_path)).stdout
@@ -337,6 +344,7 @@ MISTAKES = [
     ("--load_model_dir nowhere.bin", "nowhere.bin: no such file"),
     ("-v true", "--load_model_dir"),
     ("--fp16 --bf16", "exclude each other"),
+    ("--grad_checkpoint --norm_type BN", "BN would count in its statistics"),
     ("--mean 0.5 0.5 0.5", "--mean and --std go together"),
     ("--scale 0.9 0.1", "the first is above the second"),
     ("--aug none --scale 0.5 1", "no meaning with --aug none"),

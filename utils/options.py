@@ -33,7 +33,7 @@ AUGS = {
 
 # Flags that may differ between a run and its continuation, as they don't change what is computed.
 NOT_SETTINGS = frozenset(
-    "name output_dir log_dir overwrite validate device gpu_id local_rank num_workers memory_limit eval_batch_size log_every save_every".split()
+    "name output_dir log_dir overwrite validate device gpu_id local_rank num_workers memory_limit eval_batch_size log_every save_every grad_checkpoint".split()
 )
 
 
@@ -223,6 +223,7 @@ def train_parser(model_types, norm_types) -> Parser:
     g.add_argument("--fp16_opt_level", choices=["O0", "O1", "O2", "O3"], default="O2", help="Apex's levels: O0 is float32; O1, O2 and O3 all mean torch.amp here [O2]")
     g.add_argument("--loss_scale", type=non_negative, default=0.0, help="of float16: 0 adapts it, another value stays fixed [0]")
     g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
+    g.add_argument("--grad_checkpoint", action="store_true", help="keep only each block's input and compute the rest again in the backward pass: a third more work, a fraction of the memory")
 
     g = p.add_argument_group("logging")
     g.add_argument("--eval_every", type=positive_int, default=100, help="steps between evaluations; the last step is always evaluated [100]")
@@ -292,6 +293,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--mixup and --cutmix need an even number of images per process and pass, not {share}")
     if args.ra > args.train_batch_size:
         raise UserError(f"--ra {args.ra} is more than --train_batch_size {args.train_batch_size}")
+    if args.grad_checkpoint and args.norm_type in ("BN", "Rescale"):
+        raise UserError(
+            f"--grad_checkpoint computes blocks twice, which {args.norm_type} would count in its statistics"
+        )
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 exclude each other")
     if args.pretrained_dir and args.load_model_dir:
