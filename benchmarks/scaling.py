@@ -1,0 +1,129 @@
+"""How the cost of a training step grows: with tokens, batch, size of the data set, and processes.
+
+    python benchmarks/scaling.py                      # a small ViT on one core; processes have one core each
+    python benchmarks/scaling.py --bf16 --device cuda # other flags go to train.py
+
+Tokens, batch and data take turns in one process, train.py's own update with data and augmentation each. Processes are
+runs of train.py, whose TensorBoard says how many images they trained a second.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import rate, report, take_turns
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models import MODELS, NORM_TYPES, model_sizes
+from train import Run, gflops
+from utils import data_utils, dist_util, options
+from utils.readers import Uniform
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --opt adamw --dropout 0 --aug strong".split()
+SIZES = "--dim 128 --depth 6 --heads 4 --mlp_dim 512".split()
+
+
+def updates(words: list[str], folder: str, copies: int = 1):
+    """A function that takes one update, counted FLOPs and images of it, and tokens an image."""
+    args = options.parse_train_args(
+        ["--name", "scaling", *BASE, *SIZES, "--output_dir", folder, "--log_dir", folder, *words],
+        MODELS, NORM_TYPES, model_sizes,
+    )  # fmt: skip
+    processes = dist_util.start(args.device, args.gpu_id)
+    options.resolve_normalization(args, None)
+    data = data_utils.load_data(args)
+    train = data.train
+    train.source = Uniform(train.source.images.repeat(copies, 1, 1, 1))
+    train.ids, train.labels = torch.arange(copies * len(train.ids)), train.labels.repeat(copies)
+    data_utils.to_device(data, processes.device)
+    options.resolve_steps(args, len(train))
+    run = Run(args, processes, data, keep_head=False)
+    run.model.train()
+    batches = data_utils.train_batches(
+        train, run.augment, seed=args.seed, start=0, stop=args.num_steps, batch_size=args.train_batch_size,
+        device=processes.device,
+    )  # fmt: skip
+    tokens = 1 + (args.img_size // args.patch_size) ** 2
+    return lambda: run.update(batches), 3 * gflops(run.config) * args.train_batch_size, args.train_batch_size, tokens
+
+
+def processes_row(count: int, words: list[str], folder: str) -> dict:
+    """Images a second that `count` processes of one core each train, over all of them, and each."""
+    place = Path(folder) / str(count)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
+    command += [
+        str(ROOT / "train.py"),
+        "--name",
+        "scaling",
+        *BASE,
+        *SIZES,
+        "--img_size",
+        "28",
+        "--train_batch_size",
+        "64",
+    ]
+    command += ["--num_steps", "60", "--eval_every", "60", "--log_every", "5", *words]
+    command += ["--output_dir", str(place / "output"), "--log_dir", str(place / "logs")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    board = EventAccumulator(str(next((place / "logs").iterdir()))).Reload()
+    speed = [event.value for event in board.Scalars("train/images_per_second")][2:]
+    return dict(speed=statistics.median(speed), low=min(speed), high=max(speed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5, help="each turn [1.5]")
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--json", type=Path, default=None)
+    own, words = parser.parse_known_args()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    with tempfile.TemporaryDirectory() as folder:
+        small = ["--img_size", "28", "--train_batch_size", "64", *words]
+        cases = {
+            "49 patches, batch 64, 10,000 images": updates(small, folder),
+            "100 patches": updates([*small, "--img_size", "40"], folder),
+            "batch 128": updates([*small, "--train_batch_size", "128"], folder),
+            "batch 256": updates([*small, "--train_batch_size", "256"], folder),
+            "100,000 images": updates(small, folder, copies=10),
+        }
+        device = torch.device("cuda") if "cuda" in words else torch.device("cpu")
+        taken = take_turns(
+            {name: case[0] for name, case in cases.items()}, device=device, rounds=own.rounds, seconds=own.seconds
+        )
+        first = next(iter(cases))
+        rows = []
+        for name, (_, flops, images, _) in cases.items():
+            factor = statistics.median(b / a for a, b in zip(taken[first], taken[name], strict=True))
+            rows.append(
+                {
+                    "step of ViT, dim 128, depth 6": name,
+                    "ms a step": f"{1000 * statistics.median(taken[name]):.0f}",
+                    "images/s": rate(images, taken[name]),
+                    "time, x the first": factor,
+                    "counted FLOPs, x the first": flops / cases[first][1],
+                }
+            )
+        report("Growth, median (lowest-highest)", rows, device, own.json)
+        rows = []
+        for count in own.processes:
+            result = processes_row(count, words, folder)
+            base = result["speed"] if not rows else rows[0]["images/s"]
+            rows.append({"processes": count, "images/s": round(result["speed"]), "x the first": result["speed"] / base})
+        if rows:
+            report(
+                f"Processes of one core each, {os.cpu_count()} cores, the same whole batch of 64", rows, device, None
+            )
+
+
+if __name__ == "__main__":
+    main()
