@@ -1,5 +1,7 @@
 """Parameter groups, optimizers, epoch-wise schedules."""
 
+import copy
+import re
 from argparse import Namespace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from helpers import SIZES
 
 from models import create_model
-from utils.optim import make_optimizer, make_scaler, parameter_groups
+from utils.optim import Chain, make_optimizer, make_scaler, parameter_groups
 from utils.scheduler import learning_rate
 
 MODELS = [
@@ -51,18 +53,57 @@ def test_layer_decay_rises_to_the_head():
     assert scale[id(model.pos_embed)] == scale[id(model.patch_embed.proj.weight)] == 0.125
 
 
-@pytest.mark.parametrize("opt, kind", [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def flags(opt: str) -> Namespace:
+    rates = dict(learning_rate=0.1, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.5)
+    return Namespace(opt=opt, disable_weight_decay_on_bias_norm=False, **rates)
+
+
+@pytest.mark.parametrize("opt, kind", [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("muon", Chain)])
 def test_optimizers(opt, kind):
     model = create_model("ViT-Ti_16", image_size=16, num_classes=10, patch_size=4, **SIZES)
-    flags = dict(
-        opt=opt, learning_rate=0.1, weight_decay=0.05, layer_decay=1.0, disable_weight_decay_on_bias_norm=False
-    )
-    optimizer = make_optimizer(model, Namespace(**flags), torch.device("cpu"))
+    optimizer = make_optimizer(model, flags(opt), torch.device("cpu"))
     assert isinstance(optimizer, kind) and {group["lr"] for group in optimizer.param_groups} == {0.1}
     before = model.head.weight.detach().clone()
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     optimizer.step()
     assert not torch.equal(before, model.head.weight)
+
+
+@pytest.mark.parametrize("model_type, norm_type, words", MODELS)
+def test_muon_takes_the_matrices_of_the_blocks(model_type, norm_type, words):
+    model = create_model(model_type, norm_type, image_size=16, num_classes=10, **SIZES, **words)
+    chain = make_optimizer(model, flags("muon"), torch.device("cpu"))
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    muon, adamw = (
+        [names.pop(id(p)) for group in optimizer.param_groups for p in group["params"]]
+        for optimizer in chain.optimizers
+    )
+    assert not names
+    assert all(re.match(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name) for name in muon)
+    assert not any(name.startswith("blocks.") and name.endswith(("qkv.weight", "fc1.weight")) for name in adamw)
+    assert all("lr_scale" in group for group in chain.param_groups)
+
+
+def test_muon_goes_on_from_its_state():
+    def model_and_optimizer():
+        torch.manual_seed(0)
+        model = create_model("ViT-Ti_16", image_size=16, num_classes=10, patch_size=4, dropout=0.0, **SIZES)
+        return model, make_optimizer(model, flags("muon"), torch.device("cpu"))
+
+    def update(model, optimizer):
+        model(torch.ones(2, 3, 16, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = model_and_optimizer()
+    update(model, optimizer)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    update(model, optimizer)
+    again, resumed = model_and_optimizer()
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    update(again, resumed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_scaler_is_idle_but_for_float16_on_cuda():

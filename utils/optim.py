@@ -37,14 +37,55 @@ def parameter_groups(
     return [dict(params=params, weight_decay=decay, lr_scale=scale) for (decay, scale), params in groups.items()]
 
 
-def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW, as the flags say."""
+class Chain:
+    """Optimizers of different parameters, in the place of one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> torch.optim.Optimizer | Chain:
+    """SGD with momentum 0.9, AdamW, or Muon (arXiv 2502.16982) with AdamW, as the flags say.
+
+    Muon takes the matrices of the blocks; embeddings, head, biases and norms are AdamW's. Its updates are scaled to
+    AdamW's usual size, so that learning rates and weight decay mean the same for both.
+    """
     skip = args.disable_weight_decay_on_bias_norm
     groups = parameter_groups(model, args.weight_decay, skip_bias_norm=skip, layer_decay=args.layer_decay)
     fused = device.type in ("cuda", "cpu")
     if args.opt == "sgd":
         return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, fused=fused)
-    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused)
+    adamw = dict(lr=args.learning_rate, betas=tuple(args.betas), fused=fused)
+    if args.opt == "adamw":
+        return torch.optim.AdamW(groups, **adamw)
+    matrices = {p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+    parts = [[], []]
+    for group in groups:
+        for part, hidden in zip(parts, (True, False), strict=True):
+            params = [p for p in group["params"] if (p in matrices) == hidden]
+            if params:
+                part.append({**group, "params": params})
+    muon = torch.optim.Muon(parts[0], lr=args.learning_rate, adjust_lr_fn="match_rms_adamw")
+    return Chain(muon, torch.optim.AdamW(parts[1], **adamw))
 
 
 def make_scaler(loss_scale: float, device: torch.device, precision: str) -> torch.amp.GradScaler:
