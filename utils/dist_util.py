@@ -64,8 +64,11 @@ def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -
     local_rank = int(os.environ["LOCAL_RANK"])
     chosen = _device(device, local_rank)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
-    return Processes(chosen, dist.get_rank(), local_rank, world)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, and old keys name the dead
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    return Processes(chosen, rank, local_rank, world)
 
 
 def stop() -> None:
