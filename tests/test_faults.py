@@ -1,4 +1,4 @@
-"""What a run survives: kill -9, signals, damaged files, a full disk, folders that vanish, numbers that are not finite."""
+"""What a run survives: kill -9, signals, damaged files, a full disk, vanished folders, infinite numbers."""
 
 import errno
 import fcntl
@@ -28,7 +28,8 @@ ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 LAST, PREVIOUS, BEST = (f"{ID}_{kind}.bin" for kind in ("last", "last.prev", "checkpoint"))
 RUN = [
     *("--name", "run", *TINY, "--num_steps", 24, "--eval_every", 4, "--save_every", 2, "--opt", "adamw"),
-    *("--drop_path", 0.1, "--val_fraction", 0.1, "--ema_decay", 0.5),
+    *("--gradient_accumulation_steps", 2, "--drop_path", 0.1, "--smoothing", 0.1),
+    *("--val_fraction", 0.1, "--ema_decay", 0.5),
 ]
 # train.py with a pause in the midst of every save, before the temporary file gets its name
 SLOW = """
@@ -132,10 +133,8 @@ def kill_at_random(folder: Path, reference: Path, kills: int, longest: float) ->
         assert process.wait() == -signal.SIGKILL
         process.stderr.close()
         inside += any((folder / "output").glob(".*.tmp"))
-        if last.exists():  # what it did after its last save is all that is done again
-            step = checkpoint.read_file(last, own=True)["step"]
-    out = call("train.py", *words).stdout
-    assert f"Resuming {ID} after step {step} of 24" in out
+    step = checkpoint.read_file(last, own=True)["step"]  # what it did after its last save is all that is done again
+    assert f"Resuming {ID} after step {step} of 24" in call("train.py", *words).stdout
     assert_same_run(folder, reference)
     return inside
 
@@ -295,9 +294,7 @@ def test_full_disk_leaves_the_last_save(here, unfinished, tmp_path):
     shutil.copytree(unfinished, folder)
     before = files(folder / "output")
     limit = min(map(len, before.values())) // 2
-    process = start(
-        *RUN, *places(folder), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
+    process = start(*RUN, *places(folder), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert_one_line(process, ".bin: cannot be written (File too large)")
     assert files(folder / "output") == before and not list((folder / "output").glob(".*"))
     assert train_here(*RUN, *places(folder)) == 0
