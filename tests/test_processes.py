@@ -104,7 +104,7 @@ def test_lost_process_ends_all_or_all_start_anew(tmp_path):
     wait_for(log.with_name(f"{ID}_last.bin").exists, agent)
     kill_rank(agent, "0")
     out = agent.communicate(timeout=120)[0]
-    assert agent.returncode == 1 and "another process is gone or stuck" in out and not workers_left(again), out
+    assert agent.returncode == 1 and not workers_left(again), out
 
     agent = launch(*again, options=[*local, "--max-restarts", 1])
     wait_for(lambda: "Resuming" in log.read_text(), agent)
