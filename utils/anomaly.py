@@ -28,7 +28,11 @@ class Anomaly:
             self.found = what
 
     def _watch(self, tensor: torch.Tensor, what: str) -> None:
-        tensor.register_hook(lambda grad: self._look(grad, what))
+        """Look at a tensor's gradient; of several names the last counts: the module it went into, not its source."""
+        if not hasattr(tensor, "watched"):
+            tensor.watched = names = []  # the hook must not hold the tensor that holds it
+            tensor.register_hook(lambda grad: self._look(grad, names[-1]))
+        tensor.watched.append(what)
 
     def _forward(self, module: nn.Module, inputs: tuple, outputs, where: str) -> None:
         """Look at a module's outputs now, and later at the gradients that reach it and that it passes on."""
