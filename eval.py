@@ -243,8 +243,17 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run_main(main, args: argparse.Namespace) -> None:
-    """`options.run_main`, which also ends the process group."""
-    options.run_main(main, args, dist_util.stop)
+    """`options.run_main`, which also ends the process group, and ends in a line where another process has ended."""
+
+    def together(args: argparse.Namespace) -> int:
+        try:
+            return main(args)
+        except RuntimeError as error:
+            if not dist_util.is_lost(error):
+                raise
+            raise UserError("another process is gone or stuck; the same command goes on from the last save") from None
+
+    options.run_main(together, args, dist_util.stop)
 
 
 if __name__ == "__main__":

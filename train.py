@@ -6,7 +6,7 @@
     torchrun --nproc_per_node 4 train.py --name cifar100 --dataset cifar100 --bf16   # several GPUs
     python train.py --name cifar100 --dataset cifar100 -v true --load_model_dir output/RUN_checkpoint.bin
 
-Results land in output/ (RUN.txt, RUN.jsonl, RUN_checkpoint.bin, RUN_last.bin) and logs/RUN (TensorBoard).
+Results land in output/ (RUN.txt, .jsonl, _checkpoint.bin, _last.bin, _last.prev.bin) and logs/RUN (TensorBoard).
 The same command again continues an unfinished run, on one machine to the bit, and leaves a finished one alone.
 """
 
@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
     ARGS = options.parse_train_args(None, MODELS, NORM_TYPES, model_sizes)
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -37,9 +38,11 @@ from tqdm import tqdm
 
 from eval import eval_augment, evaluate, run_main
 from utils import checkpoint, data_utils, dist_util
+from utils.anomaly import Anomaly
 from utils.augment import Augment, Mix
 from utils.log_util import RunLog, already_done, delete_run, run_description
 from utils.optim import make_optimizer, make_scaler
+from utils.run_lock import RunLock
 from utils.scheduler import learning_rate
 
 SAVE_SECONDS = 300  # _last.bin is never older than this
@@ -89,6 +92,8 @@ class Run:
         self.model = create_model(**self.config)
         self.weights = load_weights(self.model, args, keep_head)
         self.model.to(self.device)
+        if args.sync_bn and processes.world > 1:
+            self.model = dist_util.sync_batchnorm(self.model, self.device)
         self.statistics = dist_util.statistics_of(self.model)
         self.average = None
         if args.ema_decay:
@@ -96,7 +101,8 @@ class Run:
         if args.grad_checkpoint:
             for block in self.model.blocks:
                 block.forward = partial(checkpoint_activations, block.forward, use_reentrant=False)
-        if args.compile:
+        self.anomaly = Anomaly(self.model) if args.detect_anomaly else None
+        if args.compile and not self.anomaly:
             self.model.compile()
         self.parallel = self.model
         if processes.world > 1:
@@ -133,8 +139,8 @@ class Run:
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
 
-    def save(self, suffix: str, model: torch.nn.Module, **more) -> None:
-        """Write a checkpoint that eval.py can rebuild the model from, and `more`."""
+    def save(self, suffix: str, model: torch.nn.Module, previous: Path | None = None, **more) -> None:
+        """Write a checkpoint that eval.py can rebuild the model from, and `more`; see `checkpoint.save`."""
         if self.processes.main:
             facts = dict(
                 model=model.state_dict(),
@@ -145,7 +151,7 @@ class Run:
                 step=self.step,
                 selected_on=self.data.selected_on,
             )
-            checkpoint.save(self.path(suffix), facts | more)
+            checkpoint.save(self.path(suffix), facts | more, previous)
 
     def save_last(self) -> None:
         """Write all that resuming needs, if it is sound."""
@@ -153,6 +159,7 @@ class Run:
         self.save(
             "_last.bin",
             self.model,
+            self.path("_last.prev.bin"),
             average=self.average and self.average.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
@@ -166,12 +173,15 @@ class Run:
         self.saved = time.monotonic()
 
     def begin_or_resume(self) -> None:
-        """Go on from `_last.bin` as if nothing had happened, or begin."""
-        if not self.path("_last.bin").exists():
+        """Go on from `_last.bin`, or from the one before if it is damaged, as if nothing had happened; or begin."""
+        last = self.path("_last.bin")
+        state, found = checkpoint.read_last(last, self.path("_last.prev.bin"))
+        if len(set(dist_util.gather(state and state["step"]))) > 1:
+            raise UserError(f"the processes see different {last}; --output_dir must be a folder that all nodes share")
+        if state is None:
             self.log.rewind({}, 0)
             self.describe()
             return
-        state = checkpoint.read_file(self.path("_last.bin"))
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.load_state_dict(state["average"])
@@ -181,6 +191,10 @@ class Run:
             setattr(self, name, state[name])
         self.loss_sum = state["loss_sum"].to(self.device)
         self.log.rewind(state["log"], self.step)
+        if found != last:
+            self.log.info(f"{last} is damaged or missing; {found} takes its place")
+            if self.processes.main:
+                os.replace(found, last)
         self.log.info(f"Resuming {self.id} after step {self.step} of {self.args.num_steps}")
 
     def describe(self) -> None:
@@ -200,7 +214,10 @@ class Run:
             torch=torch.__version__,
         )
         self.log.info(*run_description(args, facts, self.weights, self.precision_note))
-        if self.processes.world > 1 and self.statistics:
+        if args.sync_bn:
+            effect = "of all processes together" if self.processes.world > 1 else "of the one process, as without"
+            self.log.info(f"--sync_bn: batch statistics are those {effect}")
+        elif self.processes.world > 1 and self.statistics:
             self.log.info("Batch statistics are each process's own; running statistics are averaged over processes")
         self.log.record(event="start", settings=options.settings(args), **facts)
 
@@ -252,7 +269,13 @@ class Run:
         if step >= 0:
             last = self.path("_last.bin")
             kept = f"{last} is from before" if last.exists() else "nothing was saved before"
-            raise NonFinite(f"not finite at step {step}, learning rate {self.lr:g}; {kept}; lower --learning_rate")
+            cause = "--detect_anomaly would say where"
+            if self.anomaly:
+                found = filter(None, dist_util.gather(self.anomaly.found))
+                cause = f"first the {next(found, 'loss')}"
+            raise NonFinite(
+                f"not finite at step {step}, learning rate {self.lr:g}; {cause}; {kept}; lower --learning_rate"
+            )
 
     def mean_over_processes(self, value: torch.Tensor) -> float:
         return dist_util.sum_over_processes(value.clone()).item() / self.processes.world
@@ -324,6 +347,9 @@ class Run:
         mark, mark_step = time.monotonic(), self.step
         while self.step < args.num_steps:
             loss, norm = self.update(batches)
+            if self.anomaly:
+                self.check_finite()
+                self.anomaly.clear()  # what the scaler excuses is none
             bar.update()
             at_end = self.step == args.num_steps
             if self.step % args.log_every == 0 or at_end:
@@ -401,19 +427,20 @@ def main(args: Namespace) -> int:
         validate_only(args, processes, data)
         return 0
     options.resolve_steps(args, len(data.train))
-    if args.overwrite and processes.main:
-        delete_run(args.output_dir, args.log_dir, options.run_id(args))
-    dist_util.barrier()
-    if already_done(args):
+    run_id = options.run_id(args)
+    if not args.overwrite and already_done(args):
         return 0
-    run = Run(args, processes, data, keep_head=same_classes)
-    run.begin_or_resume()
-    try:
-        with dist_util.Interrupt() as interrupt:
-            return run.train(interrupt)
-    except NonFinite as error:
-        run.log.info(f"Stopped: {error}")
-        return 3
+    with dist_util.on_first(processes, lambda: RunLock(args.output_dir, run_id)) or contextlib.nullcontext():
+        if args.overwrite:
+            dist_util.on_first(processes, lambda: delete_run(args.output_dir, args.log_dir, run_id))
+        run = Run(args, processes, data, keep_head=same_classes)
+        run.begin_or_resume()
+        try:
+            with dist_util.Interrupt() as interrupt:
+                return run.train(interrupt)
+        except NonFinite as error:
+            run.log.info(f"Stopped: {error}")
+            return 3
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Save and read checkpoints, and read weight files of other projects.
 
 A run writes `RUN_checkpoint.bin` (best weights and all that eval.py needs) and `RUN_last.bin` (all that resuming
-needs). `load_weights(model, path)` reads any of: Google's `.npz`, this project's and jeonsworld/ViT-pytorch's `.bin`,
-timm's and DeiT's `.pth`, `.safetensors`. Files are data: nothing in them is ever executed.
+needs), each with a checksum behind its end, where torch.load does not look. `load_weights(model, path)` reads any of:
+Google's `.npz`, this project's and jeonsworld/ViT-pytorch's `.bin`, timm's and DeiT's `.pth`, `.safetensors`. Files
+are data: nothing in them is ever executed.
 """
 
+import contextlib
 import os
 import pickle
 import re
-import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,9 @@ from einops import rearrange
 from torch import nn
 
 from utils.options import UserError
+
+CHECKSUM = re.compile(rb"crc32 ([0-9a-f]{8})\n")  # of all bytes before it; the last line of a file of `save`
+CHECKSUM_BYTES = 15
 
 # (pattern, replacement) from the parameter names of jeonsworld/ViT-pytorch and ChaofanTao/RescaleViT to ours.
 JEONSWORLD_NAMES = [
@@ -108,8 +113,27 @@ def _state_dict(obj) -> dict[str, torch.Tensor]:
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in tensors.items()}
 
 
-def read_file(path: str | os.PathLike):
+def _is_whole(path: Path) -> bool | None:
+    """Whether a file is as `save` wrote it, to the byte; None for one without a checksum."""
+    with open(path, "rb") as file:
+        left = max(0, os.path.getsize(path) - CHECKSUM_BYTES)
+        file.seek(left)
+        found = CHECKSUM.fullmatch(file.read())
+        if not found:
+            return None
+        file.seek(0)
+        crc = 0
+        while left:
+            data = file.read(min(left, 2**20))
+            crc, left = zlib.crc32(data, crc), left - len(data)
+    return crc == int(found[1], 16)
+
+
+def read_file(path: str | os.PathLike, own: bool = False):
     """Read a torch file (`.bin`, `.pth`) as data; plain containers and tensors only.
+
+    Args:
+        own: written by `save`, so that a missing checksum means damage.
 
     Raises:
         UserError: missing, damaged, or holding anything that would have to be executed.
@@ -118,7 +142,9 @@ def read_file(path: str | os.PathLike):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        whole = _is_whole(path)
+        if whole or (whole is None and not own):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):
             raise UserError(
@@ -127,6 +153,7 @@ def read_file(path: str | os.PathLike):
         raise UserError(f"{path}: not a checkpoint, or damaged; download or train it again") from None
     except Exception as error:  # a damaged file can raise nearly anything in torch.load
         raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}); get it again") from None
+    raise UserError(f"{path}: damaged, its checksum is wrong or missing; copy or train it again")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -304,25 +331,76 @@ def load_weights(model: nn.Module, path: str | os.PathLike, keep_head: bool = Tr
     return report
 
 
-def save(path: str | os.PathLike, obj: dict) -> None:
+def read_last(path: Path, previous: Path) -> tuple[dict | None, Path]:
+    """Read the newer of two files of `save` that is whole.
+
+    Returns:
+        What it held, and which it was; None if neither file is there.
+
+    Raises:
+        UserError: one or both are there, and none is whole.
+    """
+    there = [file for file in (path, previous) if file.exists()]
+    for file in there:
+        try:
+            return read_file(file, own=True), file
+        except UserError:
+            continue
+    if there:
+        shown = " and ".join(map(str, there))
+        raise UserError(f"{shown}: damaged, so the run cannot go on; --overwrite starts it anew")
+    return None, path
+
+
+class _Summing:
+    """A file to write to, which adds up what was written; `error` is why that failed, which torch.save hides."""
+
+    def __init__(self, file):
+        self.file, self.crc, self.error = file, 0, None
+        self.flush = file.flush
+
+    def write(self, data) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def save(path: str | os.PathLike, obj: dict, previous: str | os.PathLike | None = None) -> None:
     """Write `obj` so that `path` always holds a whole file: to a temporary one, flushed, then renamed.
+
+    Args:
+        previous: where what `path` held so far is kept. Between the two renames there is nothing at `path`.
 
     Raises:
         UserError: the folder cannot be written.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[-100:]}.", delete=False) as file:
+        with open(temporary, "wb") as file:
+            summing = _Summing(file)
             try:
-                torch.save(obj, file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+                torch.save(obj, summing)
+            except RuntimeError as error:
+                raise summing.error or error from None
+            file.write(b"crc32 %08x\n" % summing.crc)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the names, too, outlast a power cut
+        finally:
+            os.close(folder)
     except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path}: cannot be written ({error}); free some space or choose another --output_dir"
+            f"{path}: cannot be written ({reason}); free some space or choose another --output_dir"
         ) from None

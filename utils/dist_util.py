@@ -13,6 +13,8 @@ from utils.options import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TIMEOUT = timedelta(minutes=10)  # of an exchange: more than a save or an evaluation's slowest share takes
+FIRST_TIMEOUT = timedelta(days=1)  # of the wait for what is done once: a large folder may take hours to decode
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ def _device(wanted: str, index: int) -> torch.device:
     return torch.device(wanted)
 
 
-def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = timedelta(minutes=60)) -> Processes:
+def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -> Processes:
     """Choose the device, and join the process group if torchrun's environment is there.
 
     Args:
         device: 'auto', 'cpu', 'cuda' or 'mps'.
         gpu_id: for a single process; under torchrun LOCAL_RANK chooses the GPU.
-        timeout: of every exchange between processes.
+        timeout: of every exchange between processes; one that is gone or stuck ends the others after it.
 
     Raises:
         UserError: the device is not there.
@@ -63,8 +65,11 @@ def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = timedelta(
     local_rank = int(os.environ["LOCAL_RANK"])
     chosen = _device(device, local_rank)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
-    return Processes(chosen, dist.get_rank(), local_rank, world)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, and old keys name the dead
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    return Processes(chosen, rank, local_rank, world)
 
 
 def stop() -> None:
@@ -95,6 +100,20 @@ def largest(value: int) -> int:
     return int(tensor)
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an exchange failed because another process is gone or does not answer."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def gather(value) -> list:
+    """All processes' values, in the order of their ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 class Interrupt:
     """Turns SIGNALS into a request to save and leave after the step; Ctrl-C after that leaves at once.
 
@@ -118,11 +137,25 @@ class Interrupt:
 @contextlib.contextmanager
 def first_on_each_node(processes: Processes):
     """Run the body on each node's first process, then on its others: what the first one writes, the others find."""
+    group = dist.new_group(backend="gloo", timeout=FIRST_TIMEOUT) if dist.is_initialized() else None
     if processes.local_rank:
-        barrier()
+        dist.barrier(group)
     yield
-    if not processes.local_rank:
-        barrier()
+    if group and not processes.local_rank:
+        dist.barrier(group)
+
+
+def on_first(processes: Processes, action):
+    """Call `action` on rank 0 alone, and return its result there; all wait, and a UserError of it ends all."""
+    result = error = None
+    if processes.main:
+        try:
+            result = action()
+        except UserError as found:
+            error = found
+    if largest(error is not None):
+        raise error or UserError("the first process cannot go on")
+    return result
 
 
 def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -148,6 +181,17 @@ def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision for the forward pass; nothing for 'fp32'."""
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+
+def sync_batchnorm(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Let the BatchNorms of a model normalise by the statistics of all processes' batches.
+
+    Raises:
+        UserError: not on CUDA, which alone has that.
+    """
+    if device.type != "cuda":
+        raise UserError(f"--sync_bn needs CUDA, this is {device.type}; leave it out, or use one process")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def statistics_of(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -1,8 +1,10 @@
 """A run's records: text log, JSON lines, TensorBoard."""
 
+import contextlib
 import json
 import os
 import shutil
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +15,17 @@ from tqdm import tqdm
 
 from utils.options import UserError, run_id, settings
 from utils.vis_utils import denormalize
+
+
+@contextlib.contextmanager
+def _writing(path: Path):
+    """A full disk, a folder that is gone or read-only is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); mend that, then the same command again"
+        ) from None
 
 
 class RunLog:
@@ -39,11 +52,8 @@ class RunLog:
                     raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
 
     def _append(self, path: Path, text: str) -> None:
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        with _writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(text)
 
     def info(self, *lines: str, screen: str | None = None) -> None:
         """Lines for people, in the text log and on the screen; there, `screen` in their place where given."""
@@ -60,14 +70,16 @@ class RunLog:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """TensorBoard scalars."""
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            with _writing(self.board_dir):
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
 
     def images(self, name: str, step: int, images: torch.Tensor, mean: list[float], std: list[float]) -> None:
         """The first 32 of normalised images (b, 3, h, w), as one TensorBoard image."""
         if self.board:
             grid = make_grid(denormalize(images[:32], mean, std), nrow=8, pad_value=1.0)
-            self.board.add_image(name, grid, step)
+            with _writing(self.board_dir):
+                self.board.add_image(name, grid, step)
 
     def hparams(self, step: int, settings: dict, results: dict[str, float]) -> None:
         """Settings and results of a finished run, by which TensorBoard's HPARAMS tab compares runs.
@@ -78,12 +90,20 @@ class RunLog:
             shown = {name: str(value) if isinstance(value, bool) else value for name, value in settings.items()}
             shown = {name: value for name, value in shown.items() if isinstance(value, (int, float, str))}
             metrics = {f"hparam/{name}": value for name, value in results.items()}
-            # run_name "." keeps them in the run's own folder
-            self.board.add_hparams({"pretrained_dir": "", **shown}, metrics, run_name=".", global_step=step)
+            with _writing(self.board_dir):  # run_name "." keeps them in the run's own folder
+                self.board.add_hparams({"pretrained_dir": "", **shown}, metrics, run_name=".", global_step=step)
 
     def position(self) -> dict[str, int]:
-        """Sizes of the files in bytes, for `rewind`."""
-        return {path.suffix: path.stat().st_size for path in (self.text, self.json) if path.exists()}
+        """Sizes of the files in bytes, for `rewind`; what they hold by now outlasts a power cut."""
+        sizes = {}
+        if self.board:
+            with _writing(self.board_dir):
+                self.board.flush()
+            for path in filter(Path.exists, (self.text, self.json)):
+                with _writing(path), open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    sizes[path.suffix] = os.fstat(file.fileno()).st_size
+        return sizes
 
     def rewind(self, position: dict[str, int], step: int) -> None:
         """Forget what was logged after a checkpoint, as those steps will be done again; open TensorBoard."""
@@ -91,14 +111,25 @@ class RunLog:
             return
         for path in (self.text, self.json):
             if path.exists():
-                os.truncate(path, min(path.stat().st_size, position.get(path.suffix, 0)))
+                with _writing(path):
+                    os.truncate(path, min(path.stat().st_size, position.get(path.suffix, 0)))
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(self.board_dir), purge_step=step + 1)
+        threading.excepthook = _quiet_writer
+        with _writing(self.board_dir):
+            self.board = SummaryWriter(str(self.board_dir), purge_step=step + 1)
 
     def close(self) -> None:
         if self.board:
-            self.board.close()
+            with _writing(self.board_dir):
+                self.board.flush()
+                self.board.close()
+
+
+def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands an OSError on to the next call; a traceback besides says nothing more."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
 
 
 def run_description(args: Namespace, facts: dict, weights: str, precision_note: str) -> list[str]:
@@ -169,7 +200,15 @@ def already_done(args: Namespace) -> bool:
 
 
 def delete_run(output_dir: str, log_dir: str, run_id: str) -> None:
-    """Remove every file of a run."""
-    for suffix in (".txt", ".jsonl", "_checkpoint.bin", "_last.bin"):
-        (Path(output_dir) / f"{run_id}{suffix}").unlink(missing_ok=True)
+    """Remove every file of a run; its settings last, by which a half-removed one is known.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    binaries = [f"{run_id}_{name}.bin" for name in ("last.prev", "last", "checkpoint")]
+    temporaries = [f".{name}.tmp" for name in binaries]  # of a killed process
+    for name in (*temporaries, *binaries, f"{run_id}.txt", f"{run_id}.jsonl"):
+        path = Path(output_dir) / name
+        with _writing(path):
+            path.unlink(missing_ok=True)
     shutil.rmtree(Path(log_dir) / run_id, ignore_errors=True)

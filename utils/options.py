@@ -33,7 +33,7 @@ AUGS = {
 
 # Flags that may differ between a run and its continuation, as they don't change what is computed.
 NOT_SETTINGS = frozenset(
-    "name output_dir log_dir overwrite validate device gpu_id local_rank num_workers memory_limit eval_batch_size log_every save_every grad_checkpoint".split()
+    "name output_dir log_dir overwrite validate device gpu_id local_rank num_workers memory_limit eval_batch_size log_every save_every grad_checkpoint detect_anomaly".split()
 )
 
 
@@ -223,6 +223,8 @@ def train_parser(model_types, norm_types) -> Parser:
     g.add_argument("--bf16", action="store_true", help="mixed precision: bfloat16, no scaler needed")
     g.add_argument("--fp16_opt_level", choices=["O0", "O1", "O2", "O3"], default="O2", help="Apex's levels: O0 is float32; O1, O2 and O3 all mean torch.amp here [O2]")
     g.add_argument("--loss_scale", type=non_negative, default=0.0, help="of float16: 0 adapts it, another value stays fixed [0]")
+    g.add_argument("--sync_bn", action="store_true", help="BatchNorm's batch statistics are taken over all GPUs, not on each by itself; --norm_type BN only")
+    g.add_argument("--detect_anomaly", action="store_true", help="when loss or gradient is not finite, say which module made it so; slow, and without --compile; a run that stopped can go on with it")
     g.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
     g.add_argument("--grad_checkpoint", action="store_true", help="keep only each block's input and compute the rest again in the backward pass: a third more work, a fraction of the memory")
 
@@ -298,6 +300,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--grad_checkpoint computes blocks twice, which {args.norm_type} would count in its statistics"
         )
+    if args.sync_bn and args.norm_type != "BN":
+        raise UserError(f"--sync_bn has no meaning with --norm_type {args.norm_type}; it is for BN")
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 exclude each other")
     if args.pretrained_dir and args.load_model_dir:
