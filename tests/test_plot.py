@@ -281,9 +281,12 @@ def test_killed_sweep_finishes_what_is_missing(swept):
 
 def test_failed_cell_is_named_and_stops_no_other(swept):
     sweep = swept[0]
-    out, error = sweep.run(NORMS="XX LN", SEEDS="1", status=1)
-    assert "is finished" in out and "### fashionmnist-mini" in out
-    assert error.endswith("failed:\n  ViT-Ti_16 XX seed 1: status 2\n")
+    other = sweep.output / "cifar10-100_500_ViT-Ti_16_norm_GN_fp_True_img_28_pretrain_F_seed_1.jsonl"
+    other.write_text('{"event": "start", "settings": {"num_steps": 5}}\n')  # there is such a run with other settings
+    out, error = sweep.run("--eval_batch_size", 511, NORMS="GN LN", SEEDS="1", status=1)
+    other.unlink()
+    assert "is finished" in out
+    assert error.endswith("failed:\n  ViT-Ti_16 GN seed 1: status 2\n")
 
 
 @pytest.mark.parametrize("how, gpus", [(signal.SIGINT, "0"), (signal.SIGTERM, "0 0")])
@@ -333,4 +336,4 @@ def test_one_cell_of_a_job_array(tmp_path):
     out, _ = sweep.run(NORMS="LN BN", SEEDS="1 2", DRY_RUN="1", CELL="2")
     assert out.count(" train.py ") == 1 and "--norm_type BN --seed 1" in out
     _, error = sweep.run(NORMS="LN BN", SEEDS="1 2", CELL="4", status=2)
-    assert error == "train1.sh: no cell 4, there are 4 from 0 on\n"
+    assert error == "train1.sh: error: no cell 4, there are 4 from 0 on\n"

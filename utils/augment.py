@@ -64,7 +64,7 @@ def central_boxes(sizes: torch.Tensor, crop_pct: float) -> torch.Tensor:
     whole = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
     if crop_pct == 1.0:
         return whole
-    side = (sizes.min(dim=1, keepdim=True).values * crop_pct).round().long().expand(-1, 2)
+    side = (sizes.min(dim=1, keepdim=True).values * crop_pct).round().long().clamp(min=1).expand(-1, 2)
     return torch.cat([(sizes - side) // 2, side], dim=1)
 
 

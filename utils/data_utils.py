@@ -248,8 +248,11 @@ def load_data(args, *, train: bool = True, classes: list[str] | None = None) -> 
             if loaded is None:
                 download(args.dataset, root)
                 loaded = named(args, root)
+            if loaded is None:  # torchvision found other files of the set, and left it at that
+                raise UserError(f"{args.dataset} in {root}: files are missing; remove its folder to download it again")
         training, test, found = loaded
-        if int(max(training.labels.max(), test.labels.max())) >= len(found):
+        labels = torch.cat([training.labels, test.labels])
+        if int(labels.max()) >= len(found) or int(labels.min()) < 0:
             raise UserError(f"{args.dataset} in {root}: a label is out of range, there are {len(found)} classes")
         if classes is not None and found != classes:
             raise UserError(
