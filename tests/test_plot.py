@@ -165,38 +165,8 @@ def test_one_file_alone_and_a_cut_last_line(tmp_path):
     assert len(list((tmp_path / "new" / "folder").iterdir())) == 4
 
 
-def test_mistakes_are_answered_in_one_line_without_torch(tmp_path):
-    good = write_run(tmp_path / "good", [0.1, 0.2, 0.3, 0.4])
-    for name, text in [
-        ("bare", ""),
-        ("middle", "{\n{}\n"),
-        ("other", '{"event": "eval"}\n'),
-        ("old", '{"event": "start"}\n'),
-    ]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / good.name).write_text(text)
-    (tmp_path / "binary").mkdir()
-    (tmp_path / "binary" / good.with_suffix(".txt").name).write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "words").mkdir()
-    (tmp_path / "words" / good.with_suffix(".txt").name).write_text("Global Steps: 100\nValid Loss: high\n")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    for words, expected in [
-        ([tmp_path / "none"], "none: no such folder"),
-        ([tmp_path / "empty"], "holds no run"),
-        ([tmp_path / "file"], "not named as a run"),
-        ([tmp_path / "bare"], "does not begin with the record 'start'"),
-        ([tmp_path / "other"], "does not begin with the record 'start'"),
-        ([tmp_path / "middle"], "line 1 is not JSON"),
-        ([tmp_path / "old"], "lacks 'settings'"),
-        ([tmp_path / "binary"], "not a text file"),
-        ([tmp_path / "words"], "'Valid Loss: high' is not a line"),
-        ([tmp_path / "good", "--logs", tmp_path / "none"], "none: no such folder"),
-        ([tmp_path / "good", "--out", tmp_path / "file"], "cannot be written to"),
-        (["--otu", "x"], "did you mean --out?"),
-    ]:
-        done = call("plot.py", *words, check=2)
-        assert done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr
+def test_plots_need_no_torch(tmp_path):
+    write_run(tmp_path / "good", [0.1, 0.2, 0.3, 0.4])
     code = f"""
 import runpy, sys
 sys.argv = ["plot.py", {str(tmp_path / "good")!r}]
