@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from utils.options import UserError
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # _open refuses where Pillow would warn
+warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is read or refused; _open does it where Pillow would warn
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million
 MAX_IDX = 2**32  # bytes of an IDX file; the largest of EMNIST has 0.55e9
 MINI = Path(__file__).resolve().parent.parent / "data" / "fashionmnist-mini"
