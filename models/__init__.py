@@ -45,6 +45,7 @@ LIMITS = dict(
 ) | dict(image_size=8192, image_sizes=8192, merge_num=85, merge_layer=1000, num_classes=2**20)  # fmt: skip
 MAX_PARAMETERS = 10**10
 MAX_TOKENS = 2**20
+SEQUENCES = ("image_size", "image_sizes", "merge_num", "merge_layer", "stem_depths")  # words that may have several
 RATES = ("dropout", "attn_drop", "drop_path")
 
 
@@ -62,7 +63,7 @@ def _check_number(word: str, number) -> None:
 
 def _check_numbers(sizes: dict) -> None:
     for word, value in sizes.items():
-        for number in _numbers(value):
+        for number in _numbers(value) if word in SEQUENCES else [value]:
             _check_number(word, number)
     (height, width), patch, dim = _pair(sizes["image_size"]), sizes["patch_size"], sizes["dim"]
     tokens = (height // patch) * (width // patch)

@@ -213,8 +213,9 @@ def eval_batches(
 
     def plan():
         sizes = data.sizes
-        for index in torch.arange(rank, len(data), world).split(batch_size):
-            yield index, augment.draw(sizes[index])
+        for index in torch.arange(len(data))[rank::world].split(batch_size):
+            if len(index):  # there may be more processes than images
+                yield index, augment.draw(sizes[index])
 
     return _load(data, plan(), augment, device, num_workers)
 
