@@ -95,9 +95,7 @@ def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_
     stretch = scale.clamp(min=1)
     reach = 1 if interpolation == "bilinear" else 2
     centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale  # (b, out, 1)
-    count = (
-        math.ceil(2 * reach * max(1, in_size / out_size)) + 1
-    )  # pixels that a filter can touch, and more
+    count = math.ceil(2 * reach * max(1, in_size / out_size)) + 1  # pixels that a filter can touch, and more
     pixel = (centre - reach * stretch).floor() + torch.arange(count, device=start.device)
     weights = _filter((pixel + 0.5 - centre).div_(stretch), interpolation)
     weights *= (pixel >= start) & (pixel < start + length)
