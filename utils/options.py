@@ -13,6 +13,7 @@ PLOTS = ("attention", "position", "patches", "errors")
 MAX_IMAGES = 8  # that pictures of attention have room for
 RECIPE_LENGTH = 2**16
 MAX_COUNT = 2**31 - 1  # of steps, images and all else that is counted
+MAX_REAL = 1e30  # of any other number
 MAX_RUN_ID = 200  # bytes; file systems take 255, and suffixes and temporary names come on top
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 
@@ -128,9 +129,9 @@ def _number(kind: type, low: float | None = None, high: float | None = None, ope
 
 positive_int = _number(int, 1, MAX_COUNT)
 count = _number(int, 0, MAX_COUNT)
-real = _number(float, -MAX_COUNT, MAX_COUNT)
-positive = _number(float, 0, MAX_COUNT, open_low=True)
-non_negative = _number(float, 0, MAX_COUNT)
+real = _number(float, -MAX_REAL, MAX_REAL)
+positive = _number(float, 0, MAX_REAL, open_low=True)
+non_negative = _number(float, 0, MAX_REAL)
 fraction = _number(float, 0, 1)
 rate = _number(float, 0, 0.999)
 
@@ -417,8 +418,8 @@ def _three(values) -> bool:
 RECORDED = {
     "img_size": lambda value: type(value) is int,
     "eval_batch_size": lambda value: type(value) is int and value > 0,
-    "mean": lambda value: _three(value) and all(-MAX_COUNT <= number <= MAX_COUNT for number in value),
-    "std": lambda value: _three(value) and all(0 < number <= MAX_COUNT for number in value),
+    "mean": lambda value: _three(value) and all(-MAX_REAL <= number <= MAX_REAL for number in value),
+    "std": lambda value: _three(value) and all(0 < number <= MAX_REAL for number in value),
     "crop_pct": lambda value: type(value) is float and 0 < value <= 1,
     "interpolation": lambda value: value in ("bilinear", "bicubic"),
     "dataset": lambda value: value in DATASETS,
