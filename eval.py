@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -100,10 +101,24 @@ def load_run(path: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
             f"{path}: has no {missing[0]!r}, so it is not from train.py; score bare weights with train.py -v"
         )
     try:
-        model = create_model(**state["config"])
-        model.load_state_dict(state.pop("model"))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: does not fit this version's models ({str(error).splitlines()[0]})") from None
+        state |= options.recorded(path, state)
+        config, weights = state["config"], state.pop("model")
+        if config["num_classes"] != len(state["classes"]) or config["image_size"] != state["args"]["img_size"]:
+            raise ValueError("its model is not for its classes and images")
+        if type(state["step"]) is not int or state["precision"] not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"step {state['step']!r}, precision {state['precision']!r}")
+        with torch.device("meta"):  # so that the file has to hold whatever its model takes
+            shapes = create_model(**config).state_dict()
+        for name, tensor in shapes.items():
+            checkpoint.check_tensor(path, name, weights[name], tensor)
+            if weights[name].shape != tensor.shape:
+                raise ValueError(f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}")
+        model = create_model(**config)
+        model.load_state_dict(weights)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: does not fit this version's models ({error})") from None
     return model.to(device).eval(), state
 
 
@@ -115,7 +130,8 @@ def test_images(args: argparse.Namespace, run: dict, device: torch.device, preci
     """
     names = ("dataset", "data_dir", "emnist_split", "eval_batch_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    flags = argparse.Namespace(**{**run["args"], **given, "memory_limit": args.memory_limit})
+    limit = dist_util.memory_limit(device) if args.memory_limit is None else args.memory_limit
+    flags = argparse.Namespace(**{**run["args"], **given, "memory_limit": limit})
     data = data_utils.load_data(flags, train=False, classes=run["classes"])
     data_utils.to_device(data, device)
 
@@ -243,17 +259,24 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run_main(main, args: argparse.Namespace) -> None:
-    """`options.run_main`, which also ends the process group, and ends in a line where another process has ended."""
+    """`options.run_main`, which also ends the process group, and has a line for what is no mistake of the code.
 
-    def together(args: argparse.Namespace) -> int:
+    These are a lack of memory, and another process that has ended.
+    """
+
+    def in_one_line(args: argparse.Namespace) -> int:
         try:
             return main(args)
-        except RuntimeError as error:
-            if not dist_util.is_lost(error):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and dist_util.is_lost(error):
+                reason = "another process is gone or stuck; the same command goes on from the last save"
+                raise UserError(reason) from None
+            if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
                 raise
-            raise UserError("another process is gone or stuck; the same command goes on from the last save") from None
+            reason = str(error).splitlines()[0] if str(error) else "the host"
+            raise UserError(f"out of memory ({reason}); fewer images per pass, or a smaller model") from None
 
-    options.run_main(together, args, dist_util.stop)
+    options.run_main(in_one_line, args, dist_util.stop)
 
 
 if __name__ == "__main__":

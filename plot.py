@@ -31,9 +31,11 @@ LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 def new_figure(width: float, height: float):
     """A figure that is only ever saved, never shown."""
+    from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a $ in a name is a $
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -174,7 +176,7 @@ def main(args: Namespace) -> int:
         (folder / "results.md").write_text(text, encoding="utf-8")
         (folder / "results.csv").write_text(results.csv_text(found), encoding="utf-8")
         for (dataset, chosen_on), rows in found.items():
-            name = re.sub(r"[^\w.-]+", "_", dataset) + ("" if chosen_on == "test" else f"_{chosen_on}")
+            name = re.sub(r"[^a-zA-Z0-9_.-]+", "_", dataset)[-100:] + ("" if chosen_on == "test" else f"_{chosen_on}")
             draw_comparison(dataset, chosen_on, rows, folder / f"comparison_{name}.png")
         drawn = [run for run in runs if run.steps]
         for run in drawn:

@@ -40,7 +40,7 @@ from eval import eval_augment, evaluate, run_main
 from utils import checkpoint, data_utils, dist_util
 from utils.anomaly import Anomaly
 from utils.augment import Augment, Mix
-from utils.log_util import RunLog, already_done, delete_run, run_description
+from utils.log_util import RunLog, already_done, delete_run, recorded_limit, run_description
 from utils.optim import make_optimizer, make_scaler
 from utils.run_lock import RunLock
 from utils.scheduler import learning_rate
@@ -57,6 +57,24 @@ def gflops(config: dict) -> float:
     with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         create_model(**config).eval()(torch.empty(1, 3, config["image_size"], config["image_size"]))
     return counter.get_total_flops() / 1e9
+
+
+def check_memory(args: Namespace, config: dict, device: torch.device) -> None:
+    """Refuse what cannot fit: weights, gradients, the optimizer's states and the images of one pass.
+
+    Raises:
+        UserError: with what they take and what is free.
+    """
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in create_model(**config).parameters())
+    copies = 3 + (args.opt == "adamw") + bool(args.ema_decay)
+    images = args.train_batch_size // (args.gradient_accumulation_steps * options.world_size())
+    needed, free = 4 * (copies * parameters + images * 3 * args.img_size**2), dist_util.free_memory(device)
+    if needed > free:
+        raise UserError(
+            f"{parameters:,} parameters and {images} images of {args.img_size} px a pass take more than "
+            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free on {device}; a smaller model or --train_batch_size"
+        )
 
 
 def load_weights(model: torch.nn.Module, args: Namespace, keep_head: bool) -> str:
@@ -88,6 +106,7 @@ class Run:
         wanted = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
         self.precision, self.precision_note = dist_util.usable_precision(wanted, self.device)
 
+        check_memory(args, self.config, self.device)
         torch.manual_seed(args.seed)
         self.model = create_model(**self.config)
         self.weights = load_weights(self.model, args, keep_head)
@@ -212,6 +231,7 @@ class Run:
             precision=self.precision,
             device=device,
             torch=torch.__version__,
+            memory_limit=args.memory_limit,
         )
         self.log.info(*run_description(args, facts, self.weights, self.precision_note))
         if args.sync_bn:
@@ -417,6 +437,10 @@ def main(args: Namespace) -> int:
     torch.set_float32_matmul_precision("high")
     source = checkpoint.facts_of(args.pretrained_dir or args.load_model_dir)
     options.resolve_normalization(args, source.get("args"))
+    if args.memory_limit is None:
+        limit = None if args.validate else recorded_limit(args)
+        limit = dist_util.memory_limit(processes.device) if limit is None else limit
+        args.memory_limit = -dist_util.largest(-limit)  # of all processes the smallest
     with dist_util.first_on_each_node(processes):
         data = data_utils.load_data(args, train=not args.validate)
     same_classes = source.get("classes", data.classes) == data.classes
@@ -430,10 +454,10 @@ def main(args: Namespace) -> int:
     run_id = options.run_id(args)
     if not args.overwrite and already_done(args):
         return 0
+    run = Run(args, processes, data, keep_head=same_classes)
     with dist_util.on_first(processes, lambda: RunLock(args.output_dir, run_id)) or contextlib.nullcontext():
         if args.overwrite:
             dist_util.on_first(processes, lambda: delete_run(args.output_dir, args.log_dir, run_id))
-        run = Run(args, processes, data, keep_head=same_classes)
         run.begin_or_resume()
         try:
             with dist_util.Interrupt() as interrupt:

@@ -10,12 +10,20 @@
 # from checkpoint/imagenet21k_ARCH.npz where that exists (PRETRAINED=0: never). Finished runs are skipped, unfinished
 # ones go on, failed ones are named at the end (status 1). Ctrl-C and SIGTERM save and stop (status 130, 143).
 # CELL=N runs only the Nth cell, counted from 0, for job arrays.
-set -u
+set -uf # words of ARCHS are no patterns of file names
 CDPATH="" cd -- "$(dirname -- "$0")" || exit 2
 PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
 DATASET=${DATASET:-cifar10} NAME=${NAME:-${DATASET:-cifar10}-100_500}
 ARCHS=${ARCHS:-ViT-B_16 ViT-B_32 ViT-L_32 ViT-L_16} NORMS=${NORMS:-LN BN GN Rescale} SEEDS=${SEEDS:-42}
 GPUS=${GPUS:-0} CELL=${CELL:-} DRY_RUN=${DRY_RUN:-0} PRETRAINED=${PRETRAINED:-1}
+
+mistake() {
+    printf 'train1.sh: error: %s\n' "$(printf %s "$1" | tr '\n' ' ')" >&2
+    exit 2
+}
+command -v "$PYTHON" >/dev/null || mistake "PYTHON '$PYTHON': no such program"
+case $CELL in *[!0-9]* | 0?* | ?????????*) mistake "CELL '$CELL' is not the number of a cell" ;; esac
+case $GPUS in *[!0-9\ ]* | " "*) mistake "GPUS '$GPUS' are not numbers with spaces between" ;; esac
 
 state=$(mktemp -d) || exit 2 # cells; who has which (folders); failed ones; the wish to stop
 trap 'rm -rf "$state"' EXIT
@@ -24,17 +32,18 @@ for arch in $ARCHS; do
     weights=checkpoint/imagenet21k_$arch.npz
     for norm in $NORMS; do
         for seed in $SEEDS; do
-            [ "$norm" = LN ] && [ "$PRETRAINED" != 0 ] && [ -f "$weights" ] && echo "$arch $norm $seed $weights"
-            echo "$arch $norm $seed -"
+            [ "$norm" = LN ] && [ "$PRETRAINED" != 0 ] && [ -f "$weights" ] && printf '%s\n' "$arch $norm $seed $weights"
+            printf '%s\n' "$arch $norm $seed -"
         done
     done
 done >"$state/all"
 if [ -n "$CELL" ]; then
     sed -n "$((CELL + 1))p" "$state/all" >"$state/cells"
-    [ -s "$state/cells" ] || { echo "train1.sh: no cell $CELL, there are $(wc -l <"$state/all") from 0 on" >&2; exit 2; }
+    [ -s "$state/cells" ] || mistake "no cell $CELL, there are $(wc -l <"$state/all") from 0 on"
 else
     mv "$state/all" "$state/cells"
 fi
+[ -s "$state/cells" ] || mistake "nothing to do: ARCHS, NORMS or SEEDS is blank"
 
 output=output before=
 for word; do # where the user's flags put the results
@@ -50,9 +59,14 @@ cell() { # arch norm seed weights gpu, then the user's flags: train, or with DRY
     [ "$weights" = - ] || { recipe=@recipes/rescalevit_cifar10_pretrained.args; set -- --pretrained_dir "$weights" "$@"; }
     set -- "$recipe" --name "$NAME" --dataset "$DATASET" --model_type "$arch" --norm_type "$norm" --seed "$seed" "$@"
     [ "$DRY_RUN" = 0 ] && exec "$PYTHON" train.py --gpu_id "$gpu" "$@"
-    echo "$PYTHON train.py $*"
+    printf '%s\n' "$PYTHON train.py $*"
     "$PYTHON" plot.py --plan "$@"
 }
+
+while read -r arch norm seed weights; do # a mistake in a flag would stop each of them
+    problem=$( (DRY_RUN=1; cell "$arch" "$norm" "$seed" "$weights" 0 "$@") 2>&1 >/dev/null) ||
+        mistake "$arch $norm seed $seed: ${problem#*error: }"
+done <"$state/cells"
 
 if [ "$DRY_RUN" != 0 ]; then
     while read -r arch norm seed weights; do

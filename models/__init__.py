@@ -39,6 +39,41 @@ def _shown(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
+# The largest values of what is counted. Nobody trains beyond them, and what lies far beyond would fill the memory.
+LIMITS = dict(
+    patch_size=4096, dim=2**16, depth=1000, heads=2**16, mlp_dim=2**20, channels=1024, stem_depths=1000, stem_width=4096
+) | dict(image_size=8192, image_sizes=8192, merge_num=85, merge_layer=1000, num_classes=2**20)  # fmt: skip
+MAX_PARAMETERS = 10**10
+MAX_TOKENS = 2**20
+SEQUENCES = ("image_size", "image_sizes", "merge_num", "merge_layer", "stem_depths")  # words that may have several
+RATES = ("dropout", "attn_drop", "drop_path")
+
+
+def _numbers(value) -> list:
+    """The numbers of a size: itself, or those of its sequences."""
+    return [number for part in value for number in _numbers(part)] if isinstance(value, (tuple, list)) else [value]
+
+
+def _check_number(word: str, number) -> None:
+    if word in RATES and not (isinstance(number, (int, float)) and 0 <= number < 1):
+        raise ValueError(f"{word} {number!r} is not within 0 .. 1")
+    if word in LIMITS and not (type(number) is int and 1 <= number <= LIMITS[word]):
+        raise ValueError(f"{word} {number!r} is not a whole number within 1 .. {LIMITS[word]}")
+
+
+def _check_numbers(sizes: dict) -> None:
+    for word, value in sizes.items():
+        for number in _numbers(value) if word in SEQUENCES else [value]:
+            _check_number(word, number)
+    (height, width), patch, dim = _pair(sizes["image_size"]), sizes["patch_size"], sizes["dim"]
+    tokens = (height // patch) * (width // patch)
+    parameters = sizes["depth"] * (4 * dim**2 + 2 * dim * sizes["mlp_dim"]) + dim * (3 * patch**2 + tokens)
+    if tokens > MAX_TOKENS or parameters > MAX_PARAMETERS:
+        raise ValueError(
+            f"about {parameters:.1e} parameters and {tokens} tokens are more than {MAX_PARAMETERS:.0e} and {MAX_TOKENS}"
+        )
+
+
 def _check_image(family: str, patch_size: int, size: tuple[int, int], image_sizes: list[tuple[int, int]]) -> None:
     multiple, named = patch_size, f"patch size {patch_size}"
     if family == "DEMS":
@@ -83,6 +118,7 @@ def model_sizes(model_type: str, norm_type: str = "LN", image_size: int | tuple[
             if owner != family:
                 raise ValueError(f"{word} belongs to {owner} models, {model_type} has none")
     sizes = MODELS[model_type] | overrides
+    _check_numbers(sizes | dict(image_size=image_size, image_sizes=sizes.get("image_sizes") or ()))
 
     size = _pair(image_size)
     image_sizes = [size]
@@ -97,6 +133,13 @@ def model_sizes(model_type: str, norm_type: str = "LN", image_size: int | tuple[
         raise ValueError(f"dim {sizes['dim']} is not divisible by {divisor}, as {kind} needs")
     if family == "DEMS":
         _check_merges(sizes["depth"], sizes["merge_num"], sizes["merge_layer"])
+    if family == "R50":
+        if len(sizes["stem_depths"]) != 3:
+            raise ValueError(f"stem depths {sizes['stem_depths']} are not three, one a block")
+        if sizes["patch_size"] % 16:
+            raise ValueError(f"patch size {sizes['patch_size']} is not a multiple of 16, the stem's stride")
+        if sizes["stem_width"] % 32:
+            raise ValueError(f"stem width {sizes['stem_width']} is not a multiple of 32, the groups of its norms")
     return sizes
 
 
@@ -122,6 +165,7 @@ def create_model(
     Raises:
         ValueError: unknown names or sizes that don't fit one another.
     """
+    _check_number("num_classes", num_classes)
     sizes = model_sizes(model_type, norm_type, image_size, **overrides) | dict(
         image_size=image_size, num_classes=num_classes
     )

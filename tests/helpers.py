@@ -1,7 +1,10 @@
 """Small data, weights and command lines for the tests."""
 
+import contextlib
+import io
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +29,21 @@ def call(script: str, *words, check: int | None = 0, env: dict | None = None) ->
     )
     assert check is None or done.returncode == check, (done.returncode, done.stdout, done.stderr)
     return done
+
+
+def in_process(script: str, *words) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts as `call` does, in this process, which has torch loaded."""
+    out, error = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    before, sys.argv, status = sys.argv, [script, *map(str, words)], 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), contextlib.chdir(ROOT):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv = before
+    texts = (stream.buffer.getvalue().decode(errors="backslashreplace") for stream in (out, error))
+    return subprocess.CompletedProcess(words, status, *texts)
 
 
 def places(folder: Path) -> list[str]:

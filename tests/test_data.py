@@ -3,6 +3,8 @@
 import gzip
 import pickle
 import shutil
+import tarfile
+import zipfile
 from argparse import Namespace
 
 import numpy as np
@@ -106,6 +108,26 @@ def test_missing_set_without_network_says_which_file(tmp_path, monkeypatch):
         with pytest.raises(UserError) as error:
             load_data(flags(dataset=dataset, data_dir=tmp_path))
         assert file in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_archive_without_its_published_checksum_is_not_unpacked(tmp_path, monkeypatch):
+    """Not even one that the user placed: torchvision would download it anew."""
+    no_network(monkeypatch)
+    for path in (tmp_path / "FashionMNIST" / "raw", tmp_path / "EMNIST" / "raw", tmp_path / "caltech101"):
+        path.mkdir(parents=True)
+    for name in ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz"):
+        with tarfile.open(tmp_path / name, "w:gz") as file:
+            for member in ("../outside", f"{tmp_path}/outside", "inside"):
+                file.addfile(tarfile.TarInfo(member))
+    for name in ("EMNIST/raw/gzip.zip", "caltech101/caltech-101.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as file:
+            file.writestr("inside", "x")
+    (tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"no images"))
+    before = sorted(tmp_path.rglob("*"))
+    for dataset in ("cifar10", "cifar100", "emnist", "caltech101", "fashionmnist"):
+        with pytest.raises(UserError, match=f"{dataset} is not there and can't be downloaded"):
+            load_data(flags(dataset=dataset, data_dir=tmp_path))
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_truncated_idx(tmp_path):

@@ -266,66 +266,7 @@ def test_lines_of_the_references(cifar, tmp_path):
     assert "re-initialised" not in out and "Best Accuracy" in out
 
 
-# ---------------------------------------------------------------- mistakes
-
-MISTAKES = [
-    ("--dataset mnist", "'mnist'"),
-    ("--model_type ViT-X_16", "'ViT-X_16'"),
-    ("--norm_type RMS", "'RMS'"),
-    ("--img_size 30", "image size 30 is not divisible by patch size 7"),
-    ("--dim 33", "dim 33 is not divisible by heads 2"),
-    ("--train_batch_size 32 --gradient_accumulation_steps 5", "32 is not divisible by 5"),
-    ("--num_steps 10 --warmup_steps 10", "not shorter than the run of 10"),
-    ("--num_steps 0", "0 is not at least 1"),
-    ("--lr -1", "-1 is not above 0"),
-    ("--lr nan", "nan is not above 0"),
-    ("--pretrained_dir nowhere.npz", "nowhere.npz: no such file"),
-    ("--load_model_dir nowhere.bin", "nowhere.bin: no such file"),
-    ("-v true", "--load_model_dir"),
-    ("--fp16 --bf16", "exclude each other"),
-    ("--grad_checkpoint --norm_type BN", "BN would count in its statistics"),
-    ("--mean 0.5 0.5 0.5", "--mean and --std go together"),
-    ("--scale 0.9 0.1", "the first is above the second"),
-    ("--aug none --scale 0.5 1", "no meaning with --aug none"),
-    ("--val_fraction 1", "1 is above"),
-    ("--learnin_rate 0.1", "did you mean --learning_rate?"),
-    ("--name a/b", "usable as a file name"),
-    ("--name ../a", "usable as a file name"),
-    ("@recipes/nowhere.args", "nowhere.args"),
-    ("@{tmp}/bad.args", "'--colour' in {tmp}/bad.args"),
-    ("-v maybe", "neither true nor false"),
-    ("--seed x", "invalid int value: 'x'"),
-    ("--norm_type BN --model_type MViT-Ti", "MViT-Ti has LN only"),
-    ("--norm_type GN --model_type R50-ViT-B_16", "R50-ViT-B_16 has LN only"),
-    ("--model_type DEMS-Ti --patch_size 7 --merge_layer 1 2", "image size 28 is not divisible by 56, 8 x patch size 7"),
-    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64", "merge_num has 1 counts"),
-    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64 65", "merge count 65 is not within 1 .. 64"),
-    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 3", "don't rise within 1 .. 2, the depth"),
-    ("--model_type MViT-Ti --img_sizes 10 28", "image size 10 is not divisible by patch size 7"),
-    ("--model_type MViT-Ti --img_sizes 28 14", "don't rise to the image size"),
-    ("--img_sizes 14 28", "image_sizes belongs to MViT models"),
-    ("--mixup_prob 1.5", "1.5 is above 1"),
-    ("--mixup_switch_prob -0.1", "-0.1 is not at least 0"),
-    ("--mixup -1", "-1 is not at least 0"),
-    ("--mixup 0.8 --train_batch_size 33", "even number of images per process and pass, not 33 / 1 = 33"),
-    ("--reprob 2", "2 is above 1"),
-    ("--ra 0", "0 is not at least 1"),
-    ("--ra 33", "--ra 33"),
-    ("--aug crop --aug_prob 0.5", "no meaning with --aug crop"),
-    ("--layer_decay 0", "0 is not above 0"),
-    ("--ema_decay 1", "1 is above"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("words, expected", MISTAKES)
-def test_wrong_flags_are_answered_in_one_line_without_torch(tmp_path, words, expected):
-    (tmp_path / "bad.args").write_text("--img_size 28  # pixels\n--colour 3\n")
-    began = time.monotonic()
-    done = call("train.py", "--name", "run", *TINY, *places(tmp_path), *words.format(tmp=tmp_path).split(), check=2)
-    assert time.monotonic() - began < 2  # importing torch alone takes about as long; it is not imported
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: error: ") and done.stdout == ""
-    assert expected.format(tmp=tmp_path) in done.stderr
-    assert not (tmp_path / "output").exists()
+# ---------------------------------------------------------------- the command line
 
 
 def test_help_needs_no_torch():
@@ -339,40 +280,6 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "--train_batch_size" in done.stdout, done.stderr
-
-
-def test_mistakes_found_later(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    (tmp_path / "text.npz").write_text("not weights")
-    for words, expected in [
-        (["--output_dir", tmp_path / "file" / "output"], "cannot be made"),
-        ([*places(tmp_path), "--pretrained_dir", tmp_path / "text.npz"], "text.npz: not a readable .npz"),
-        ([*places(tmp_path), "--epochs", 0.01, "--warmup_epochs", 1], "not shorter than the run"),
-        ([*places(tmp_path), "--dataset", "imagefolder", "--data_dir", tmp_path / "none"], "no such folder"),
-        (
-            [*places(tmp_path), "--device", "cuda", "--gpu_id", 99],
-            "cuda" if not torch.cuda.is_available() else "GPU 99",
-        ),
-    ]:
-        done = call("train.py", "--name", "run", *TINY, *words, check=2)
-        assert done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr
-    assert not (tmp_path / "output").exists() or not list((tmp_path / "output").glob("*.bin"))
-
-
-def test_eval_mistakes(reference, tmp_path):
-    torch.save({"model": {}}, tmp_path / "bare.bin")
-    good = reference / "output" / f"{ID}_checkpoint.bin"
-    write_cifar100(tmp_path, n=100)
-    for words, expected in [
-        ([tmp_path / "none.bin"], "no such file"),
-        ([tmp_path / "bare.bin"], "has no 'config'"),
-        ([good, "--images", tmp_path / "none.png"], "none.png: no such file"),
-        ([good, "--images", tmp_path / "bare.bin"], "not a readable image"),
-        ([good, "--dataset", "cifar100", "--data_dir", tmp_path], "cifar100 has other classes"),
-        ([good, "--top", "0"], "0 is not at least 1"),
-    ]:
-        done = call("eval.py", *words, check=2)
-        assert done.stderr.count("\n") == 1 and expected in done.stderr, done.stderr
 
 
 def test_recipes_are_valid():

@@ -66,7 +66,7 @@ def central_boxes(sizes: torch.Tensor, crop_pct: float) -> torch.Tensor:
     whole = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
     if crop_pct == 1.0:
         return whole
-    side = (sizes.min(dim=1, keepdim=True).values * crop_pct).round().long().expand(-1, 2)
+    side = (sizes.min(dim=1, keepdim=True).values * crop_pct).round().long().clamp(min=1).expand(-1, 2)
     return torch.cat([(sizes - side) // 2, side], dim=1)
 
 
@@ -97,7 +97,7 @@ def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_
     stretch = scale.clamp(min=1)
     reach = 1 if interpolation == "bilinear" else 2
     centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale  # (b, out, 1)
-    count = min(in_size, math.ceil(2 * reach * max(1, in_size / out_size)) + 1)  # pixels that a filter can touch
+    count = math.ceil(2 * reach * max(1, in_size / out_size)) + 1  # pixels that a filter can touch, and more
     pixel = (centre - reach * stretch).floor() + torch.arange(count, device=start.device)
     weights = _filter((pixel + 0.5 - centre).div_(stretch), interpolation)
     weights *= (pixel >= start) & (pixel < start + length)

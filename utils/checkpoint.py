@@ -7,9 +7,11 @@ are data: nothing in them is ever executed.
 """
 
 import contextlib
+import io
 import os
 import pickle
 import re
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -21,7 +23,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from utils.options import UserError
+from utils.options import UserError, one_line, recorded
+
+# Of files that other programs wrote; on stderr it would read as if something were wrong.
+warnings.filterwarnings("ignore", message="Detected pickle protocol")
+MAX_PACKED, MAX_SMALL = 20, 2**28  # a zip archive may unpack to so many times its size, or to so many bytes
 
 CHECKSUM = re.compile(rb"crc32 ([0-9a-f]{8})\n")  # of all bytes before it; the last line of a file of `save`
 CHECKSUM_BYTES = 15
@@ -141,6 +147,7 @@ def read_file(path: str | os.PathLike, own: bool = False):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    _members(path)
     try:
         whole = _is_whole(path)
         if whole or (whole is None and not own):
@@ -156,23 +163,75 @@ def read_file(path: str | os.PathLike, own: bool = False):
     raise UserError(f"{path}: damaged, its checksum is wrong or missing; copy or train it again")
 
 
+def _members(path: Path) -> list[zipfile.ZipInfo]:
+    """What a zip archive holds, as `.npz` and `.bin` are; [] for another file.
+
+    Raises:
+        UserError: damaged, or it would fill the memory.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return []
+        with zipfile.ZipFile(path) as file:
+            members = file.infolist()
+    except Exception as error:  # a damaged directory can raise nearly anything
+        raise UserError(f"{path}: damaged ({error}); get it again") from None
+    size = sum(member.file_size for member in members)
+    if size > max(MAX_SMALL, MAX_PACKED * path.stat().st_size):
+        raise UserError(f"{path}: refused, it would unpack to {size / 2**30:.1f} GiB, far more than weights do")
+    return members
+
+
+def _read_npy(data: bytearray) -> np.ndarray:
+    """An array of a `.npy` file in memory; unlike np.load, it makes no room for what the header claims alone.
+
+    Raises:
+        ValueError: not such a file, or not of plain numbers.
+    """
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of .npy is not known")
+    shape, fortran, dtype = readers[version](file)
+    if dtype.kind not in "fiub":
+        raise ValueError(f"an array of {dtype} holds no plain numbers")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+
+
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+        names = [member.filename for member in _members(path)]
+        with zipfile.ZipFile(path) as file:
+            return {name.removesuffix(".npy"): _read_npy(bytearray(file.read(name))) for name in names}
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
         raise UserError(f"{path}: not a readable .npz file ({error}); download it again") from None
-    except Exception as error:  # zlib.error and struct.error of damaged members
-        raise UserError(f"{path}: damaged .npz file ({error}); download it again") from None
 
 
 def _is_npz(path: Path) -> bool:
-    if path.suffix == ".npz":
-        return True
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        return any(name.endswith(".npy") for name in file.namelist())
+    return path.suffix == ".npz" or any(member.filename.endswith(".npy") for member in _members(path))
+
+
+def check_tensor(path: str | os.PathLike, name: str, value, target: torch.Tensor) -> None:
+    """Refuse what does not belong where `target` is.
+
+    Raises:
+        UserError: no plain tensor, of another kind of numbers, or with values that are not finite.
+    """
+    if not isinstance(value, torch.Tensor) or not _is_plain(value):
+        raise UserError(f"{path}: {name} is no plain tensor; save the weights again, dense and on the CPU")
+    if value.is_floating_point() != target.is_floating_point() or value.is_complex():
+        raise UserError(f"{path}: {name} is of {value.dtype}, the model's of {target.dtype}; another kind of file?")
+    if value.shape == target.shape and not value.to(target.dtype).isfinite().all():
+        raise UserError(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Dense, on the CPU, and every element stored; a few stored bytes can pose as a tensor of any size."""
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -190,7 +249,11 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"{path}: no such file; put downloaded weights there, or leave the flag out to start from scratch"
         )
     if _is_npz(path):
-        state = _from_google(_read_npz(path))
+        arrays = _read_npz(path)
+        try:
+            state = _from_google(arrays)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: not weights as Google's ({str(error).splitlines()[0]})") from None
     elif path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
@@ -204,10 +267,15 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         state = {_rename(name, JEONSWORLD_NAMES): tensor for name, tensor in _state_dict(read_file(path)).items()}
     if not state:
         raise UserError(f"{path}: holds no weights")
+    for name, value in state.items():
+        if not _is_plain(value):
+            raise UserError(f"{path}: {name} is no plain tensor; save the weights again, dense and on the CPU")
     try:
         return _fuse_qkv(state)
     except KeyError as error:
         raise UserError(f"{path}: incomplete, {error} is missing") from None
+    except RuntimeError:
+        raise UserError(f"{path}: query, key and value of an attention are of different shapes") from None
 
 
 def resize_pos_embed(pos: torch.Tensor, grid: tuple[int, int], prefix: int = 1) -> torch.Tensor:
@@ -253,12 +321,12 @@ class LoadReport:
             names = getattr(self, word)
             if names:
                 shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                parts.append(f"{word.replace('reinit', 're-init')}: {shown}")
+                parts.append(one_line(f"{word.replace('reinit', 're-init')}: {shown}"))
         return "; ".join(parts)
 
 
 def _depth(names) -> int:
-    return 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in names) if m), default=-1)
+    return 1 + max((int(m[1]) for m in (re.match(r"blocks\.([0-9]{1,6})\.", name) for name in names) if m), default=-1)
 
 
 def _zero_head(target: dict[str, torch.Tensor]) -> None:
@@ -276,7 +344,7 @@ def facts_of(path: str | os.PathLike | None) -> dict:
     if not path or _is_npz(Path(path)) or Path(path).suffix == ".safetensors":
         return {}
     state = read_file(path)
-    return {name: state[name] for name in ("args", "classes") if name in state} if isinstance(state, dict) else {}
+    return recorded(path, state) if isinstance(state, dict) and {"args", "classes"} <= state.keys() else {}
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike, keep_head: bool = True) -> LoadReport:
@@ -302,6 +370,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike, keep_head: bool = Tr
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, tensor in target.items():
         value = state.pop(name, None)
+        if value is not None:
+            check_tensor(path, name, value, tensor)
         same_shape = value is not None and value.shape == tensor.shape
         if value is None or (name.startswith("head.") and not (keep_head and same_shape)):
             report.reinitialised.append(name)
@@ -310,7 +380,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, keep_head: bool = Tr
             target[name] = value
         elif name in fixed:  # a table that follows from the sizes
             report.ignored.append(name)
-        elif name == "pos_embed" and value.ndim == 3 and value.shape[2] == tensor.shape[2]:
+        elif name == "pos_embed" and value.ndim == 3 and value.shape[::2] == tensor.shape[::2]:
             report.resized.append(name)
             try:
                 target[name] = resize_pos_embed(value, model.grid, tensor.shape[1] - model.grid[0] * model.grid[1])

@@ -226,8 +226,9 @@ def eval_batches(
 
     def plan():
         sizes = data.sizes
-        for index in torch.arange(rank, len(data), world).split(batch_size):
-            yield index, augment.draw(sizes[index])
+        for index in torch.arange(len(data))[rank::world].split(batch_size):
+            if len(index):  # there may be more processes than images
+                yield index, augment.draw(sizes[index])
 
     return _load(data, plan(), augment, device, num_workers)
 
@@ -261,8 +262,11 @@ def load_data(args, *, train: bool = True, classes: list[str] | None = None) -> 
             if loaded is None:
                 download(args.dataset, root)
                 loaded = named(args, root)
+            if loaded is None:  # torchvision found other files of the set, and left it at that
+                raise UserError(f"{args.dataset} in {root}: files are missing; remove its folder to download it again")
         training, test, found = loaded
-        if int(max(training.labels.max(), test.labels.max())) >= len(found):
+        labels = torch.cat([training.labels, test.labels])
+        if int(labels.max()) >= len(found) or int(labels.min()) < 0:
             raise UserError(f"{args.dataset} in {root}: a label is out of range, there are {len(found)} classes")
         if classes is not None and found != classes:
             raise UserError(

@@ -2,14 +2,16 @@
 
 import contextlib
 import os
+import re
 import signal
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from utils.options import UserError
+from utils.options import UserError, world_size
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +61,7 @@ def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -
     Raises:
         UserError: the device is not there.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     if world == 1:
         return Processes(_device(device, gpu_id))
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -91,13 +93,35 @@ def barrier() -> None:
         dist.barrier()
 
 
-def largest(value: int) -> int:
+def largest(value: int | float) -> int | float:
     """The largest of all processes' values; an exchange on the CPU, so that the device need not be waited for."""
     if not dist.is_initialized():
         return value
-    tensor = torch.tensor(value)
+    tensor = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor)
+    return tensor.item()
+
+
+def _host_memory() -> int:
+    """Bytes that this process may still take of the host's memory, where its node's processes share alike."""
+    try:
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except OSError:  # not Linux: half of what there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, 'max' for none
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take of the device's memory."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_memory()
+
+
+def memory_limit(device: torch.device) -> float:
+    """GiB that each split of a data set may take: a quarter of what is free on the device and on the host."""
+    return min(free_memory(device), _host_memory()) / 4 / 2**30
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -52,7 +52,7 @@ class RunLog:
                     raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
 
     def _append(self, path: Path, text: str) -> None:
-        with _writing(path), open(path, "a", encoding="utf-8") as file:
+        with _writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
 
     def info(self, *lines: str, screen: str | None = None) -> None:
@@ -172,12 +172,22 @@ def read_records(path: Path) -> list[dict]:
     """The JSON objects of a `.jsonl`; a last line cut off by a crash is left out."""
     records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 break
-    return records
+    return [record for record in records if isinstance(record, dict)]
+
+
+def recorded_limit(args: Namespace) -> float | None:
+    """The --memory_limit of the run that the flags would continue, None if there is none.
+
+    It decides whether images are kept in memory or streamed, so a continued run keeps it.
+    """
+    records = [] if args.overwrite else read_records(Path(args.output_dir) / f"{run_id(args)}.jsonl")
+    limits = [record.get("memory_limit") for record in records if record.get("event") == "start"]
+    return limits[0] if limits and isinstance(limits[0], float) else None
 
 
 def already_done(args: Namespace) -> bool:
@@ -187,15 +197,20 @@ def already_done(args: Namespace) -> bool:
         UserError: the run id belongs to a run with other settings.
     """
     records = read_records(Path(args.output_dir) / f"{run_id(args)}.jsonl")
-    began = next((record["settings"] for record in records if record.get("event") == "start"), None)
+    began = next((record.get("settings") for record in records if record.get("event") == "start"), None)
     now = settings(args)
+    if began is not None and not isinstance(began, dict):
+        raise UserError(f"the log of run {run_id(args)} is damaged; mend it, or --overwrite the run")
     changed = [name for name in now if began and began.get(name) != now[name]]
     if changed:
         shown = ", ".join(f"{name} {began.get(name)} -> {now[name]}" for name in changed)
         raise UserError(f"run {run_id(args)} exists with other settings: {shown}; another --name, or --overwrite")
     end = next((record for record in records if record.get("event") == "end"), None)
     if end:
-        print(f"{run_id(args)} is finished: best accuracy {end['best_accuracy']:f}, last {end['last_accuracy']:f}")
+        best, last = (end.get(name) for name in ("best_accuracy", "last_accuracy"))
+        if type(best) is not float or type(last) is not float:
+            raise UserError(f"the log of run {run_id(args)} is damaged; mend it, or --overwrite the run")
+        print(f"{run_id(args)} is finished: best accuracy {best:f}, last {last:f}")
     return end is not None
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import shlex
 import sys
@@ -10,6 +11,10 @@ from pathlib import Path
 DATASETS = ("cifar10", "cifar100", "fashionmnist", "fashionmnist-mini", "emnist", "caltech101", "imagefolder")
 PLOTS = ("attention", "position", "patches", "errors")
 MAX_IMAGES = 8  # that pictures of attention have room for
+RECIPE_LENGTH = 2**16
+MAX_COUNT = 2**31 - 1  # of steps, images and all else that is counted
+MAX_REAL = 1e30  # of any other number
+MAX_RUN_ID = 200  # bytes; file systems take 255, and suffixes and temporary names come on top
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 
 # --normalize: per-channel (mean, std) of pixels in 0..1.
@@ -41,6 +46,11 @@ class UserError(ValueError):
     """A mistake of the user: one line on stderr, exit status 2."""
 
 
+def one_line(text: str) -> str:
+    """Text that stays on its line and controls no terminal, whatever names of files it repeats."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, which suggests the nearest flag and reads `@recipe` files with comments."""
 
@@ -48,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         argv, origin = self._expand(sys.argv[1:] if argv is None else argv)
@@ -65,16 +75,28 @@ class Parser(argparse.ArgumentParser):
         """Put the words of each `@file` in its place; `#` starts a comment there. Also where each word came from."""
         words, origin = [], {}
         for word in argv:
+            if any("\ud800" <= char <= "\udfff" for char in word):  # what Python makes of bytes that are not UTF-8
+                self.error(f"{word}: is not UTF-8; rename it")
             if not word.startswith("@"):
                 words.append(word)
                 continue
             try:
-                found = shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+                with open(word[1:], encoding="utf-8") as file:
+                    text = file.read(RECIPE_LENGTH + 1)
+                if len(text) > RECIPE_LENGTH:
+                    raise ValueError(f"longer than {RECIPE_LENGTH} characters, so not a file of flags")
+                found = shlex.split(text, comments=True)
             except OSError as error:
                 near = ", ".join(sorted(str(path) for path in Path(word[1:]).parent.glob("*.args")))
                 self.error(f"recipe {word[1:]}: {error.strerror}" + (f"; there are {near}" if near else ""))
-            except ValueError as error:  # an unclosed quote, or not text
+            except UnicodeDecodeError:
+                self.error(f"recipe {word[1:]}: is not a text file; it holds flags as on the command line")
+            except ValueError as error:  # an unclosed quote, or too long
                 self.error(f"recipe {word[1:]}: {error}")
+            if nested := [each for each in found if each.startswith("@")]:
+                self.error(
+                    f"recipe {word[1:]}: {nested[0]} would include another recipe; name both on the command line"
+                )
             words += found
             origin.update(dict.fromkeys(found, word[1:]))
         return words, origin
@@ -93,6 +115,8 @@ def _number(kind: type, low: float | None = None, high: float | None = None, ope
 
     def parse(text: str):
         value = kind(text)
+        if math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
         if value != value or (low is not None and (value < low or open_low and value == low)):
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low}")
         if high is not None and value > high:
@@ -103,10 +127,11 @@ def _number(kind: type, low: float | None = None, high: float | None = None, ope
     return parse
 
 
-positive_int = _number(int, 1)
-count = _number(int, 0)
-positive = _number(float, 0, open_low=True)
-non_negative = _number(float, 0)
+positive_int = _number(int, 1, MAX_COUNT)
+count = _number(int, 0, MAX_COUNT)
+real = _number(float, -MAX_REAL, MAX_REAL)
+positive = _number(float, 0, MAX_REAL, open_low=True)
+non_negative = _number(float, 0, MAX_REAL)
 fraction = _number(float, 0, 1)
 rate = _number(float, 0, 0.999)
 
@@ -124,8 +149,8 @@ def boolean(text: str) -> bool:
 def _add_device_flags(group) -> None:
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes the GPU if any [auto]")
     group.add_argument("--gpu_id", type=count, default=0, help="which GPU, for one process; torchrun's LOCAL_RANK otherwise [0]")
-    group.add_argument("--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that decode a set too large for memory [4, or the cores]")
-    group.add_argument("--memory_limit", type=non_negative, default=2.0, metavar="GIB", help="image folders up to this size as uint8 are kept in memory, larger ones are streamed [2]")
+    group.add_argument("--num_workers", type=_number(int, 0, 1024), default=min(4, os.cpu_count() or 1), help="processes that decode a set too large for memory [4, or the cores]")
+    group.add_argument("--memory_limit", type=non_negative, default=None, metavar="GIB", help="splits of image folders up to this size as uint8 are kept in memory, larger ones are streamed [a quarter of what is free on the training device and on the host; a continued run keeps its limit]")
     group.add_argument("--eval_batch_size", type=positive_int, default=None, help="images per forward pass in evaluation, per process [256]")
 
 
@@ -166,7 +191,7 @@ def train_parser(model_types, norm_types) -> Parser:
     g.add_argument("--val_fraction", type=rate, default=0.0, help="part of the training images held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do [0]")
     g.add_argument("--img_size", type=positive_int, default=224, help="side in pixels that images are resized to [224]")
     g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the checkpoint that is loaded, else half: to -1..1]")
-    g.add_argument("--mean", type=float, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
+    g.add_argument("--mean", type=real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
     g.add_argument("--std", type=positive, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
 
     g = p.add_argument_group("augmentation")
@@ -278,7 +303,10 @@ def check(args: argparse.Namespace) -> None:
     """
     if not args.name or args.name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in args.name):
         raise UserError(f"--name {args.name!r} must be usable as a file name: no slash, no leading dot")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    excess = len(os.fsencode(run_id(args))) - MAX_RUN_ID
+    if excess > 0:
+        raise UserError(f"--name {args.name!r} makes the run id {excess} bytes longer than {MAX_RUN_ID}; shorten it")
+    processes = world_size()
     parts = args.gradient_accumulation_steps * processes
     if args.train_batch_size % parts:
         factors = f"{args.gradient_accumulation_steps} accumulation steps x {processes} processes"
@@ -315,6 +343,28 @@ def check(args: argparse.Namespace) -> None:
             )
     if args.num_steps and args.warmup_steps is not None:
         check_warmup(args.warmup_steps, args.num_steps)
+    for flag in () if args.validate else ("output_dir", "log_dir"):
+        place = Path(getattr(args, flag))
+        while not os.path.lexists(place):
+            place = place.parent
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise UserError(f"--{flag} {getattr(args, flag)}: {place} is no folder to write into; choose another")
+
+
+def world_size() -> int:
+    """The number of processes, from torchrun's environment; 1 without one.
+
+    Raises:
+        UserError: the environment is not whole.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return 1
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not (value if name == "MASTER_ADDR" else value.isdecimal() and int(value) >= (name == "WORLD_SIZE")):
+            raise UserError(f"WORLD_SIZE {world!r} with {name} {value!r}: start with torchrun, or unset WORLD_SIZE")
+    return int(os.environ["WORLD_SIZE"])
 
 
 def check_warmup(warmup_steps: int, num_steps: int) -> None:
@@ -368,6 +418,46 @@ def model_config(args: argparse.Namespace) -> dict:
 def settings(args: argparse.Namespace) -> dict:
     """The flags that decide what a run computes."""
     return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+
+
+def _three(values) -> bool:
+    return isinstance(values, list) and [type(value) for value in values] == [float] * 3
+
+
+# What a checkpoint's flags must be for eval.py, and for a run that starts from it; a file may hold anything.
+RECORDED = {
+    "img_size": lambda value: type(value) is int,
+    "eval_batch_size": lambda value: type(value) is int and value > 0,
+    "mean": lambda value: _three(value) and all(-MAX_REAL <= number <= MAX_REAL for number in value),
+    "std": lambda value: _three(value) and all(0 < number <= MAX_REAL for number in value),
+    "crop_pct": lambda value: type(value) is float and 0 < value <= 1,
+    "interpolation": lambda value: value in ("bilinear", "bicubic"),
+    "dataset": lambda value: value in DATASETS,
+    "emnist_split": lambda value: value in EMNIST_SPLITS,
+    "data_dir": lambda value: isinstance(value, str) and "\0" not in value,
+    "log_dir": lambda value: isinstance(value, str),
+}
+
+
+def recorded(path: str | os.PathLike, state: dict) -> dict:
+    """The flags and classes, `args` and `classes`, that a checkpoint of train.py records.
+
+    Raises:
+        UserError: they are not as train.py writes them.
+    """
+    args, classes = state["args"], state["classes"]
+    try:
+        wrong = [name for name, check in RECORDED.items() if not check(args[name])]
+        name = run_id(argparse.Namespace(**args))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its flags are not those of train.py ({error}); train it again") from None
+    if wrong:
+        raise UserError(f"{path}: its {wrong[0]} is {args[wrong[0]]!r}, not as train.py writes it; train it again")
+    if Path(name).name != name or not name.isprintable():
+        raise UserError(f"{path}: its run id {name!r} is no file name; train it again")
+    if not isinstance(classes, list) or not all(isinstance(name, str) and name.isprintable() for name in classes):
+        raise UserError(f"{path}: its classes are not names; train it again")
+    return {"args": args, "classes": classes}
 
 
 def eval_parser() -> Parser:
@@ -436,11 +526,12 @@ def run_main(main, args: argparse.Namespace, at_end=None) -> None:
         main: called with `args`, returns the exit status.
         at_end: called in any case before leaving.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks stops nothing
     try:
         status = main(args)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {one_line(str(error))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,10 +1,14 @@
 """What lies on disk, as images and labels: image files and folders, IDX, CIFAR's pickles, torchvision's downloads."""
 
+import contextlib
 import gzip
 import hashlib
+import io
+import math
 import os
 import pickle
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +22,9 @@ from tqdm import tqdm
 
 from utils.options import UserError
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is read or refused; _open does it where Pillow would warn
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million
+MAX_IDX = 2**32  # bytes of an IDX file; the largest of EMNIST has 0.55e9
 MINI = Path(__file__).resolve().parent.parent / "data" / "fashionmnist-mini"
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .tif .tiff .webp".split())
 FASHION_CLASSES = torchvision.datasets.FashionMNIST.classes
@@ -98,31 +105,39 @@ class ImageSet:
 # ---------------------------------------------------------------- image files
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read the first frame of an image as RGB; 16-bit gray is scaled to 8 bits.
-
-    Raises:
-        UserError: not an image, truncated, or implausibly large.
-    """
+@contextlib.contextmanager
+def _open(path: str | os.PathLike):
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I") or image.mode == "F":  # 16-bit gray; Pillow's convert would cut it at 255
-                image = Image.fromarray(
-                    (np.asarray(image, dtype=np.float64) / 257).clip(0, 255).round().astype(np.uint8)
-                )
-            return image.convert("RGB")
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+            yield image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can raise nearly anything in Pillow
         raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Read the first frame of an image as RGB.
+
+    As in torchvision's ImageFolder, transparency is dropped and EXIF's orientation ignored. 16-bit gray is scaled to 8
+    bits.
+
+    Raises:
+        UserError: not an image, truncated, too large, or of floating-point pixels, which have no agreed range.
+    """
+    with _open(path) as image:
+        if image.mode == "F":
+            raise ValueError("floating-point pixels; convert them to 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
+            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+        return image.convert("RGB")
 
 
 def _size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
+    with _open(path) as image:
+        return image.height, image.width
 
 
 def _map_with_bar(function, items: list, text: str) -> list:
@@ -138,12 +153,17 @@ def _map_with_bar(function, items: list, text: str) -> list:
 def _fingerprint(paths: list[str]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        info = os.stat(path)
+        try:
+            info = os.stat(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
         digest.update(f"{path}\0{info.st_size}\0{info.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _read_cache(path: Path, fingerprint: str, with_pixels: bool) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+def _read_cache(
+    path: Path, fingerprint: str, count: int, with_pixels: bool
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Sizes and, where wanted and stored, pixels; None if there is no cache of just these files."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -151,11 +171,12 @@ def _read_cache(path: Path, fingerprint: str, with_pixels: bool) -> tuple[torch.
                 return None
             sizes = torch.from_numpy(file["sizes"].astype(np.int64))
             pixels = torch.from_numpy(file["pixels"]) if with_pixels and "pixels" in file.files else None
+            whole = sizes.shape == (count, 2) and bool((sizes > 0).all())
+            if pixels is not None:
+                whole = whole and pixels.dtype == torch.uint8 and pixels.shape == (int(3 * sizes.prod(dim=1).sum()),)
     except Exception:  # missing, or damaged in any way: it is made again
         return None
-    if pixels is not None and pixels.numel() != int(3 * sizes.prod(dim=1).sum()):
-        return None
-    return sizes, pixels
+    return (sizes, pixels) if whole else None
 
 
 def _write_cache(path: Path, **arrays) -> None:
@@ -181,7 +202,7 @@ def load_files(paths: list[str], cache: Path, memory_limit: int) -> Uniform | Ra
         UserError: a broken image.
     """
     fingerprint = _fingerprint(paths)
-    found = _read_cache(cache, fingerprint, with_pixels=memory_limit > 0)
+    found = _read_cache(cache, fingerprint, len(paths), with_pixels=memory_limit > 0)
     sizes, pixels = found or (torch.tensor(_map_with_bar(_size, paths, "reading sizes")), None)
     total = int(3 * sizes.prod(dim=1).sum())
     if total > memory_limit:
@@ -204,7 +225,11 @@ def load_files(paths: list[str], cache: Path, memory_limit: int) -> Uniform | Ra
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    for name in names:
+        if not name.isprintable():
+            raise UserError(f"{folder / name}: the name of a class must be printable text; rename the folder")
+    return names
 
 
 def _list_images(folder: Path, classes: list[str]) -> tuple[list[str], list[int]]:
@@ -246,6 +271,8 @@ def image_folder(root: Path, splits: tuple[str, ...], memory_limit: int, classes
                 f"--data_dir {root}: has no {wanted}; it holds {', '.join(_class_folders(root)) or 'no folders'}"
             )
         found = _class_folders(root / split)
+        if not classes and len(found) == 1:
+            raise UserError(f"{root / split}: only one class, {found[0]}; there must be two to tell apart")
         if not found:
             raise UserError(f"{root / split}: no class folders in it; images belong into {root / split}/CLASS/")
         classes = classes or found
@@ -264,14 +291,16 @@ def _read_idx(path: Path) -> torch.Tensor:
     """Read an IDX file of bytes, also gzipped (yann.lecun.com's MNIST format): labels (n,), or images (n, 28, 28)."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            data = file.read()
+            kind = file.read(4)
+            ndim = kind[3] if kind in (b"\0\0\x08\1", b"\0\0\x08\3") else 0
+            shape = tuple(int.from_bytes(file.read(4), "big") for _ in range(ndim))
+            size = math.prod(shape)
+            data = file.read(size + 1) if ndim and size <= MAX_IDX else b""
     except (OSError, EOFError, gzip.zlib.error) as error:
         raise UserError(f"{path}: damaged ({error}); remove it to download it again") from None
-    ndim = data[3] if len(data) > 3 and data[:3] == b"\0\0\x08" else 0
-    shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
-    if not shape or len(data) != 4 + 4 * ndim + int(np.prod(shape)):
+    if not data or len(data) != size:
         raise UserError(f"{path}: not an IDX file, or truncated; remove it to download it again")
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=4 + 4 * ndim).view(shape)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape)
 
 
 def idx_set(folder: Path, prefixes: tuple[str, str]) -> list[ImageSet] | None:
@@ -292,8 +321,11 @@ def idx_set(folder: Path, prefixes: tuple[str, str]) -> list[ImageSet] | None:
     return sets
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads CIFAR's pickles, which hold numpy arrays, and refuses everything else that pickles can do."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Reads CIFAR's pickles, which hold numpy arrays, and refuses everything else that pickles can do.
+
+    Python's own, as the one in C makes room for as many objects as a damaged file numbers.
+    """
 
     ALLOWED = frozenset(
         [("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")]
@@ -309,8 +341,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _read_cifar_file(path: Path) -> dict:
     try:
-        with open(path, "rb") as file:
-            return _ArrayUnpickler(file, encoding="latin1").load()
+        found = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        if not isinstance(found, dict):
+            raise TypeError(f"holds no dictionary but {type(found).__name__}")
+        return found
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path}: not a CIFAR file, or damaged ({error}); remove it to download it again") from None
 
@@ -325,14 +359,16 @@ def _cifar(folder: Path, files: dict[str, list[str]], label_key: str, meta: tupl
         parts = [_read_cifar_file(folder / name) for name in files[split]]
         try:
             images = np.concatenate([np.asarray(part["data"], dtype=np.uint8).reshape(-1, 3, 32, 32) for part in parts])
-            labels = [label for part in parts for label in part[label_key]]
-        except (KeyError, TypeError, ValueError) as error:
+            labels = torch.tensor([label for part in parts for label in part[label_key]])
+            if labels.dtype != torch.int64:
+                raise ValueError("labels are not whole numbers")
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise UserError(f"{folder}: not CIFAR's own format ({error})") from None
-        if len(images) != len(labels) or not labels:
+        if labels.shape != (len(images),):
             raise UserError(f"{folder}: {len(images)} images but {len(labels)} labels in {', '.join(files[split])}")
         sets.append(_image_set(Uniform(torch.from_numpy(images)), labels))
     classes = _read_cifar_file(folder / meta[0]).get(meta[1])
-    if not classes:
+    if not isinstance(classes, list) or not all(isinstance(name, str) and name.isprintable() for name in classes):
         raise UserError(f"{folder / meta[0]}: has no {meta[1]}")
     return *sets, list(classes)
 

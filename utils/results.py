@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import logging
+import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -111,7 +112,7 @@ def _records(path: Path) -> tuple[list[dict], bool]:
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             if number == len(lines) and not text.endswith("\n"):
                 return records, True
             raise UserError(f"{path}: line {number} is not JSON; move the file away, or mend it") from None
@@ -124,7 +125,7 @@ def _read_json(path: Path) -> Run:
     try:
         if not records or records[0]["event"] != "start":
             raise UserError(f"{path}: does not begin with the record 'start'; move the file away")
-        run.settings, run.chosen_on = records[0]["settings"], records[0]["selected_on"]
+        run.settings, run.chosen_on = dict(records[0]["settings"]), records[0]["selected_on"]
         run.dataset, run.num_steps = _dataset(run.settings), run.settings["num_steps"]
         run.seed = run.settings["seed"]
         for record in records[1:]:
@@ -139,7 +140,9 @@ def _read_json(path: Path) -> Run:
                 run.best = record.get("test_accuracy", record["best_accuracy"])
                 run.last = record.get("test_accuracy_last", record["last_accuracy"])
                 run.minutes = record["seconds"] / 60
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: a record lacks {error}, so it is not from this train.py") from None
     return run
 
@@ -149,12 +152,12 @@ def _namespace(text: str) -> dict:
     values = {}
     try:
         call = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of thousands of brackets
         return values
     for word in getattr(call, "keywords", []):
         try:
-            values[word.arg] = ast.literal_eval(word.value)
-        except ValueError:
+            values[word.arg or ""] = ast.literal_eval(word.value)
+        except (ValueError, TypeError):
             continue
     return values
 
@@ -213,6 +216,27 @@ def _read_log(path: Path) -> Run:
     return run
 
 
+def _is(value, kind: type, high: float) -> bool:
+    """Whether a value is a number of a kind from 0 to `high`; a float may be infinite or no number, as losses can."""
+    number = type(value) in (int, kind)
+    return number and (0 <= value <= high or (kind is float and not math.isfinite(value)))
+
+
+def _check(run: Run, path: Path) -> Run:
+    """Refuse values that no run has, before tables and curves are made of them."""
+    whole = all(isinstance(text, str) for text in (run.dataset, *run.settings)) and run.chosen_on in ("test", "val")
+    whole = whole and _is(run.seed, int, 2**63) and (run.num_steps is None or _is(run.num_steps, int, 2**53))
+    whole = whole and all(_is(step, int, 2**53) for step in run.steps)
+    whole = whole and all(_is(value, float, 1e30) for values in (run.loss, run.train_loss) for value in values)
+    scores = [score for score in (*run.accuracy, run.best, run.last) if score is not None]
+    whole = whole and all(_is(score, float, 1) and math.isfinite(score) for score in scores)
+    whole = whole and (run.minutes is None or _is(run.minutes, float, 1e9) and math.isfinite(run.minutes))
+    whole = whole and isinstance(run.settings.get("name", ""), str) and (run.best is not None or not run.finished)
+    if not whole:
+        raise UserError(f"{path}: holds values that no run has; move the file away, or mend it")
+    return run
+
+
 def read_run(path: str | Path) -> Run:
     """Read one run from its .jsonl or .txt.
 
@@ -220,7 +244,7 @@ def read_run(path: str | Path) -> Run:
         UserError: the file cannot be read, or is not of a run.
     """
     path = Path(path)
-    return _read_json(path) if path.suffix == ".jsonl" else _read_log(path)
+    return _check(_read_json(path) if path.suffix == ".jsonl" else _read_log(path), path)
 
 
 def read_runs(path: str | Path) -> list[Run]:

@@ -16,9 +16,11 @@ def denormalize(images: torch.Tensor, mean: list[float], std: list[float]) -> to
 
 def _figure(width: float, height: float, title: str):
     """An empty figure of so many inches, wide enough for its title."""
+    from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a $ in a name is a $
     figure = Figure(figsize=(max(6.5, width), height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)

@@ -1,0 +1,678 @@
+"""Mistakes of users: one line with the value and the way out, status 2, nothing half-written; odd input that works.
+
+`bad` is a folder that holds everything broken; the tables name its files.
+"""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SIZES, TINY, call, in_process, places, write_cifar10, write_folder, write_google_npz
+from PIL import Image
+
+import eval
+from models import create_model
+from utils import readers
+
+RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
+MODEL = dict(image_size=28, patch_size=7, num_classes=10, **SIZES)
+
+# --- answered without torch; `run` is the name unless another follows ---
+
+FLAGS = [
+    ("--dataset mnist", "'mnist'"),
+    ("--model_type ViT-X_16", "'ViT-X_16'"),
+    ("--norm_type RMS", "'RMS'"),
+    ("--img_size 30", "image size 30 is not divisible by patch size 7"),
+    ("--dim 33", "dim 33 is not divisible by heads 2"),
+    ("--train_batch_size 32 --gradient_accumulation_steps 5", "32 is not divisible by 5"),
+    ("--num_steps 10 --warmup_steps 10", "not shorter than the run of 10"),
+    ("--num_steps 0", "0 is not at least 1"),
+    ("--num_steps 1e3", "invalid int value: '1e3'"),
+    ("--lr -1", "-1 is not above 0"),
+    ("--lr -0", "-0 is not above 0"),
+    ("--lr nan", "nan is not above 0"),
+    ("--lr inf", "inf is not finite"),
+    ("--lr 1e999", "1e999 is not finite"),
+    ("--weight_decay=-inf", "-inf is not finite"),
+    ("--epochs 1e300", "1e300 is above"),
+    ("--warmup_epochs nan", "nan is not at least 0"),
+    ("--mean nan 0 0 --std 1 1 1", "nan is not at least"),
+    ("--mean 0 0 inf --std 1 1 1", "inf is not finite"),
+    ("--mean 0 0 0 --std 1 0 1", "0 is not above 0"),
+    ("--mean 0.5 0.5 --std 1 1 1", "expected 3 arguments"),
+    ("--mean 0.5 0.5 0.5", "--mean and --std go together"),
+    ("--train_batch_size 1000000000000000000", "1000000000000000000 is above 2147483647"),
+    ("--seed 99999999999999999999", "99999999999999999999 is above 2147483647"),
+    ("--seed -1", "-1 is not at least 0"),
+    ("--seed x", "invalid int value: 'x'"),
+    ("--dim 1000000000000", "1000000000000 is above 2147483647"),
+    ("--dim 1000000000", "dim 1000000000 is not a whole number within 1 .. 65536"),
+    ("--img_size 10000000", "image_size 10000000 is not a whole number within 1 .. 8192"),
+    ("--depth 1001", "depth 1001 is not a whole number within 1 .. 1000"),
+    ("--dim 65536 --depth 1000", "parameters"),
+    ("--img_size 8190 --patch_size 1", "tokens are more than"),
+    ("--num_workers 100000", "100000 is above 1024"),
+    ("--pretrained_dir nowhere.npz", "nowhere.npz: no such file"),
+    ("--pretrained_dir {bad}", "{bad}: no such file"),
+    ("--load_model_dir nowhere.bin", "nowhere.bin: no such file"),
+    ("--load_model_dir {bad}/text --pretrained_dir {bad}/text", "exclude each other"),
+    ("-v true", "--load_model_dir"),
+    ("-v maybe", "neither true nor false"),
+    ("--fp16 --bf16", "exclude each other"),
+    ("--grad_checkpoint --norm_type BN", "BN would count in its statistics"),
+    ("--scale 0.9 0.1", "the first is above the second"),
+    ("--aug none --scale 0.5 1", "no meaning with --aug none"),
+    ("--val_fraction 1", "1 is above"),
+    ("--learnin_rate 0.1", "did you mean --learning_rate?"),
+    ("stray", "unknown argument 'stray'"),
+    ("--name a/b", "usable as a file name"),
+    ("--name ../a", "usable as a file name"),
+    ("--name .a", "usable as a file name"),
+    (["--name", ""], "usable as a file name"),
+    (["--name", "a\nb"], r"--name 'a\nb' must be usable"),
+    (["--name", "a\x1b[31m"], r"--name 'a\x1b[31m' must be usable"),
+    (["--name", b"caf\xe9"], r"caf\udce9: is not UTF-8"),
+    (["--name", "-x"], "argument --name: expected one argument"),
+    (["--name", "x" * 300], "bytes longer than 200; shorten it"),
+    (["--name", "名" * 60], "bytes longer than 200; shorten it"),
+    ("--output_dir {bad}/text", "{bad}/text is no folder to write into"),
+    ("--output_dir {bad}/text/deeper/still", "{bad}/text is no folder to write into"),
+    ("--log_dir {bad}/text", "--log_dir {bad}/text"),
+    ("@recipes/nowhere.args", "recipes/nowhere.args: No such file or directory; there are recipes/demo.args"),
+    ("@{bad}/unknown.args", "'--colour' in {bad}/unknown.args"),
+    ("@{bad}/quote.args", "No closing quotation"),
+    ("@{bad}/itself.args", "would include another recipe"),
+    ("@{bad}/binary.args", "binary.args: is not a text file"),
+    ("@{bad}/huge.args", "huge.args: longer than 65536 characters"),
+    ("@/dev/zero", "/dev/zero: longer than 65536 characters"),
+    ("@{bad}", "Is a directory"),
+    ("@", "No such file"),
+    ("--norm_type BN --model_type MViT-Ti", "MViT-Ti has LN only"),
+    ("--norm_type GN --model_type R50-ViT-B_16", "R50-ViT-B_16 has LN only"),
+    ("--model_type R50-ViT-B_16", "patch size 7 is not a multiple of 16"),
+    ("--model_type DEMS-Ti --patch_size 7 --merge_layer 1 2", "image size 28 is not divisible by 56, 8 x patch size 7"),
+    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64", "merge_num has 1 counts"),
+    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64 65", "merge count 65 is not within 1 .. 64"),
+    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 3", "don't rise within 1 .. 2, the depth"),
+    ("--model_type MViT-Ti --img_sizes 10 28", "image size 10 is not divisible by patch size 7"),
+    ("--model_type MViT-Ti --img_sizes 28 14", "don't rise to the image size"),
+    ("--img_sizes 14 28", "image_sizes belongs to MViT models"),
+    ("--mixup_prob 1.5", "1.5 is above 1"),
+    ("--mixup_switch_prob -0.1", "-0.1 is not at least 0"),
+    ("--mixup -1", "-1 is not at least 0"),
+    ("--mixup 0.8 --train_batch_size 33", "even number of images per process and pass, not 33 / 1 = 33"),
+    ("--reprob 2", "2 is above 1"),
+    ("--ra 0", "0 is not at least 1"),
+    ("--ra 33", "--ra 33"),
+    ("--aug crop --aug_prob 0.5", "no meaning with --aug crop"),
+    ("--layer_decay 0", "0 is not above 0"),
+    ("--ema_decay 1", "1 is above"),
+    ("--device tpu", "'tpu'"),
+    ("--memory_limit -1", "-1 is not at least 0"),
+    ("WORLD_SIZE=many", "WORLD_SIZE 'many' with WORLD_SIZE 'many'"),
+    ("WORLD_SIZE=0", "WORLD_SIZE '0' with WORLD_SIZE '0'"),
+    ("WORLD_SIZE=2 RANK=0", "WORLD_SIZE '2' with LOCAL_RANK '': start with torchrun, or unset WORLD_SIZE"),
+]  # fmt: skip
+
+# Loads the script as a process does, and says whether torch came with it.
+WATCHED = """
+import runpy, sys
+script = sys.argv.pop(1)
+sys.argv[0] = script
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+def one_line(done, script: str, expected: str) -> None:
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{script}: error: "), done.stderr
+    assert expected in done.stderr, done.stderr
+
+
+def watched(script: str, words, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own; it is not to have loaded torch."""
+    command = [sys.executable, "-c", WATCHED, script, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **(env or {})})
+    assert done.stdout.endswith("False\n"), (done.stdout, done.stderr)
+    return done
+
+
+@pytest.mark.parametrize("words, expected", FLAGS, ids=[str(i) for i in range(len(FLAGS))])
+def test_flags(bad, tmp_path, words, expected):
+    words = words.format(bad=bad).split() if isinstance(words, str) else words
+    env = dict(word.split("=") for word in words if re.match("[A-Z_]+=", str(word)))
+    words = [word for word in words if str(word).split("=")[0] not in env]
+    done = watched("train.py", ["--name", "run", *TINY, *places(tmp_path), *words], env)
+    one_line(done, "train.py", expected.format(bad=bad))
+    assert not list(tmp_path.iterdir())
+
+
+# --- broken files ---
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(999)))]
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def npy_header(shape: tuple, dtype: str = "<f4") -> bytes:
+    """A .npy without data."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, dict(descr=dtype, fortran_order=False, shape=shape))
+    return file.getvalue()
+
+
+def write_npz(path: Path, members: dict[str, bytes], method: int = 0) -> None:
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+
+
+class Evil:
+    """Pickled, a call that makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (exec, (f"open({str(self.path)!r}, 'w')",))
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """A finished run of two steps."""
+    folder = tmp_path_factory.mktemp("good")
+    done = in_process("train.py", "--name", "run", *TINY, "--num_steps", 2, *places(folder))
+    assert done.returncode == 0, done.stderr
+    return folder / "output"
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> Path:
+    """Everything broken."""
+    bad = tmp_path_factory.mktemp("bad")
+    (bad / "text").write_text("just text")
+    (bad / "empty").write_bytes(b"")
+    recipes = {"unknown": b"--img_size 28  # pixels\n--colour 3\n", "quote": b"--name 'a\n", "binary": b"\xff\xfe\0\1"}
+    recipes |= {"itself": f"@{bad}/itself.args".encode(), "huge": b"# long\n" * 10_000}
+    for name, text in recipes.items():
+        (bad / f"{name}.args").write_bytes(text)
+
+    state = create_model("ViT-Ti_16", **MODEL).state_dict()
+
+    def weights(name: str, **changes) -> None:
+        torch.save(state | changes, bad / name)
+
+    weights("nan.pth", **{"blocks.1.mlp.fc1.bias": torch.full((64,), torch.nan)})
+    weights("inf.pth", **{"norm.weight": torch.tensor([torch.inf] * 32)})
+    weights("double.pth", **{"norm.weight": torch.full((32,), 1e300, dtype=torch.float64)})
+    weights("int.pth", **{"norm.weight": torch.ones(32, dtype=torch.int64)})
+    weights("complex.pth", **{"norm.weight": torch.ones(32, dtype=torch.complex64)})
+    weights("sparse.pth", **{"blocks.0.mlp.fc1.weight": torch.eye(64, 32).to_sparse()})
+    weights("expanded.pth", **{"norm.weight": torch.ones(1).expand(10**12)})
+    weights("shape.pth", **{"norm.weight": torch.ones(33)})
+    weights("pos.pth", pos_embed=torch.zeros(2, 17, 32))
+    weights("list.pth", norm=[1, 2])
+    torch.save({}, bad / "nothing.pth")
+    torch.save({"model": Evil(bad / "ran")}, bad / "evil.pth")
+    split = {f"blocks.0.attn.{part}.weight": torch.ones(1).expand(10**9) for part in ("query", "key", "value")}
+    torch.save(state | split, bad / "split.pth")
+    (bad / "truncated.pth").write_bytes((bad / "int.pth").read_bytes()[:9000])
+    write_google_npz(bad / "google.npz", **SIZES, patch=7, grid=4, classes=10)
+    whole = (bad / "google.npz").read_bytes()
+    (bad / "truncated.npz").write_bytes(whole[:5000])
+    (bad / "text.npz").write_text("not weights")
+    with np.load(bad / "google.npz") as file:
+        arrays = dict(file)
+    np.savez(bad / "nan.npz", **arrays | {"cls": arrays["cls"] * np.nan})
+    np.savez(bad / "words.npz", **arrays | {"cls": np.array(["a"])})
+    np.savez(bad / "flat.npz", **arrays | {"head/kernel": np.ones(5, np.float32)})
+    np.savez(bad / "object.npz", cls=np.array([Evil(bad / "ran")], dtype=object))
+    write_npz(bad / "claims.npz", {"cls.npy": npy_header((10**12,))})
+    write_npz(bad / "bomb.npz", {"cls.npy": npy_header((2**27,)) + bytes(2**29)}, 8)
+
+    run = dict(event="start", selected_on="test", settings=dict(seed=42, dataset="cifar10", num_steps=4))
+    score = dict(event="eval", step=1, loss=1.0, accuracy=0.5, train_loss=1.0, seconds=60)
+    logs = {
+        "bare": "",
+        "middle": "{\n{}\n",
+        "other": '{"event": "eval"}\n',
+        "old": '{"event": "start"}\n',
+        "array": "[1]\n",
+        "deep": "[" * 100_000 + "\n",
+        "digits": "1" * 10_000 + "\n",
+        "settings": json.dumps(run | {"settings": 5}) + "\n",
+        "words": "\n".join(map(json.dumps, (run, score | {"accuracy": "high"}))) + "\n",
+        "above": "\n".join(map(json.dumps, (run, score | {"accuracy": 50}))) + "\n",
+        "step": "\n".join(map(json.dumps, (run, score | {"step": -1}))) + "\n",
+    }
+    for name, text in logs.items():
+        (bad / "logs" / name).mkdir(parents=True)
+        (bad / "logs" / name / f"{RUN}.jsonl").write_text(text)
+    for name, data in {"binary": b"\xff\xfe\0", "loss": b"Global Steps: 100\nValid Loss: high\n"}.items():
+        (bad / "logs" / name).mkdir()
+        (bad / "logs" / name / f"{RUN}.txt").write_bytes(data)
+    (bad / "logs" / "none").mkdir()
+
+    write_folder(bad / "fine")
+    (bad / "fine" / "test" / "cat" / "000.png").rename(bad / "fine" / "image.png")
+    folders = "no_test no_train empty_train one_class empty_class strange_class level unknown broken bomb link newline"
+    for name in folders.split():
+        write_folder(bad / name, per_class=2)
+    shutil.rmtree(bad / "no_test" / "test")
+    shutil.rmtree(bad / "no_train" / "train")
+    for name in ("cat", "dog"):
+        shutil.rmtree(bad / "empty_train" / "train" / name)
+    shutil.rmtree(bad / "one_class" / "train" / "dog")
+    (bad / "empty_class" / "train" / "eel").mkdir()
+    (bad / "strange_class" / "train" / "a\x1b[2J").mkdir()
+    shutil.rmtree(bad / "level" / "train")
+    shutil.copytree(bad / "fine" / "train" / "cat", bad / "level" / "train")
+    (bad / "unknown" / "test" / "dog").rename(bad / "unknown" / "test" / "owl")
+    (bad / "broken" / "train" / "cat" / "000.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (bad / "bomb" / "train" / "cat" / "000.png").write_bytes(png_header(60_000, 60_000))
+    (bad / "link" / "train" / "cat" / "gone.png").symlink_to("nowhere.png")
+    (bad / "newline" / "train" / "cat" / "a\nb.png").write_text("no image")
+
+    (bad / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    (bad / "large.png").write_bytes(png_header(13_000, 13_000))  # Pillow only warns
+    (bad / "cut.png").write_bytes((bad / "fine" / "image.png").read_bytes()[:200])
+    (bad / "a b'\"$(touch x).png").write_text("no image")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(bad / "float.tif")
+
+    for kind in ("code", "range", "labels", "cut", "lists", "meta"):
+        write_cifar10(bad / f"cifar_{kind}", per_file=4)
+    data = {"data": np.zeros((4, 3072), np.uint8)}
+    batch = "cifar-10-batches-py/test_batch"
+    (bad / "cifar_code" / batch).write_bytes(pickle.dumps(Evil(bad / "ran")))
+    (bad / "cifar_range" / batch).write_bytes(pickle.dumps(data | {"labels": [0, 1, 2, 10]}))
+    (bad / "cifar_labels" / batch).write_bytes(pickle.dumps(data | {"labels": ["a", "b", "c", "d"]}))
+    (bad / "cifar_lists" / batch).write_bytes(pickle.dumps([1, 2]))
+    (bad / "cifar_cut" / batch).write_bytes((bad / "cifar_cut" / batch).read_bytes()[:5000])
+    (bad / "cifar_meta" / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps({"label_names": 3}))
+    for kind in ("cut", "claims", "range", "legacy"):
+        raw = bad / f"idx_{kind}" / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for path in readers.MINI.glob("*.gz"):
+            (raw / path.name).write_bytes(path.read_bytes())
+    images = "FashionMNIST/raw/train-images-idx3-ubyte"
+    (bad / "idx_cut" / f"{images}.gz").write_bytes((readers.MINI / f"{Path(images).name}.gz").read_bytes()[:100_000])
+    (bad / "idx_claims" / images).write_bytes(b"\0\0\x08\3" + b"\xff" * 12)
+    labels = gzip.decompress((readers.MINI / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    (bad / "idx_range" / "FashionMNIST/raw/t10k-labels-idx1-ubyte").write_bytes(labels[:-1] + b"\x0a")
+    for path in (bad / "idx_legacy" / "FashionMNIST" / "raw").iterdir():  # torchvision takes the old files as enough
+        path.unlink()
+    (bad / "idx_legacy" / "FashionMNIST" / "processed").mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(1, 28, 28), torch.zeros(1)), bad / "idx_legacy" / "FashionMNIST" / "processed" / name)
+    return bad
+
+
+FILES = [
+    ("--pretrained_dir {bad}/nan.pth", "nan.pth: blocks.1.mlp.fc1.bias has values that are not finite"),
+    ("--pretrained_dir {bad}/inf.pth", "inf.pth: norm.weight has values that are not finite"),
+    ("--pretrained_dir {bad}/double.pth", "double.pth: norm.weight has values that are not finite"),
+    ("--pretrained_dir {bad}/nan.npz", "nan.npz: cls_token has values that are not finite"),
+    ("--pretrained_dir {bad}/int.pth", "int.pth: norm.weight is of torch.int64, the model's of torch.float32"),
+    ("--pretrained_dir {bad}/complex.pth", "norm.weight is of torch.complex64"),
+    ("--pretrained_dir {bad}/sparse.pth", "blocks.0.mlp.fc1.weight is no plain tensor"),
+    ("--pretrained_dir {bad}/expanded.pth", "norm.weight is no plain tensor"),
+    ("--pretrained_dir {bad}/split.pth", "is no plain tensor"),
+    ("--pretrained_dir {bad}/shape.pth", "norm.weight is (33,) in the file, (32,) in the model"),
+    ("--pretrained_dir {bad}/pos.pth", "pos_embed is (2, 17, 32) in the file"),
+    ("--pretrained_dir {bad}/nothing.pth", "nothing.pth: holds no weights"),
+    ("--pretrained_dir {bad}/empty", "empty: not a checkpoint, or damaged"),
+    ("--pretrained_dir {bad}/text", "text: not a checkpoint, or damaged"),
+    ("--pretrained_dir {bad}/truncated.pth", "truncated.pth: not a checkpoint, or damaged"),
+    ("--pretrained_dir {bad}/evil.pth", "evil.pth: refused"),
+    ("--pretrained_dir {bad}/text.npz", "text.npz: not a readable .npz"),
+    ("--pretrained_dir {bad}/truncated.npz", "truncated.npz: not a readable .npz"),
+    ("--pretrained_dir {bad}/words.npz", "words.npz: not a readable .npz file (an array of <U1"),
+    ("--pretrained_dir {bad}/flat.npz", "flat.npz: not weights as Google's"),
+    ("--pretrained_dir {bad}/object.npz", "object.npz: not a readable .npz file (an array of object"),
+    ("--pretrained_dir {bad}/claims.npz", "claims.npz: not a readable .npz"),
+    ("--pretrained_dir {bad}/bomb.npz", "bomb.npz: refused, it would unpack to 0.5 GiB"),
+    ("--pretrained_dir {bad}/google.npz --depth 3", "has 2 blocks, the model 3"),
+    ("--load_model_dir {bad}/google.npz -v true --img_size 7 --patch_size 1", "google.npz: patch_embed.proj.weight is"),
+    ("--dim 8192 --heads 2 --mlp_dim 8192 --depth 24", "free on cpu; a smaller model or --train_batch_size"),
+    ("--train_batch_size 2000000000", "2000000000 images of 28 px a pass take more than"),
+    ("--epochs 0.01 --warmup_epochs 1", "not shorter than the run"),
+    ("--device cuda --gpu_id 99", "--gpu_id" if torch.cuda.is_available() else "torch sees no GPU here"),
+    ("--val_fraction 0.999 --dataset imagefolder --data_dir {bad}/fine", "leaves no training images"),
+    ("--dataset imagefolder --data_dir {bad}/nowhere", "nowhere: no such folder"),
+    ("--dataset imagefolder --data_dir {bad}/text", "text: no such folder"),
+    ("--dataset cifar10 --data_dir {bad}/text", "put cifar-10-python.tar.gz"),
+    ("--dataset imagefolder --data_dir {bad}/no_test", "has no val/ or test/; it holds train"),
+    ("--dataset imagefolder --data_dir {bad}/no_train", "has no train/; it holds test"),
+    ("--dataset imagefolder --data_dir {bad}/empty_train", "no class folders in it"),
+    ("--dataset imagefolder --data_dir {bad}/level", "images belong into"),
+    ("--dataset imagefolder --data_dir {bad}/one_class", "only one class, cat"),
+    ("--dataset imagefolder --data_dir {bad}/empty_class", "train/eel: no images in this class folder"),
+    ("--dataset imagefolder --data_dir {bad}/strange_class", r"a\x1b[2J: the name of a class must be printable"),
+    ("--dataset imagefolder --data_dir {bad}/unknown", "class 'owl' is not among the 2 known: cat, dog"),
+    ("--dataset imagefolder --data_dir {bad}/broken", "cat/000.png: not a readable image"),
+    ("--dataset imagefolder --data_dir {bad}/broken --memory_limit 0", "cat/000.png: not a readable image"),
+    ("--dataset imagefolder --data_dir {bad}/bomb", "cat/000.png: not a readable image"),
+    ("--dataset imagefolder --data_dir {bad}/link", "cat/gone.png: cannot be read"),
+    ("--dataset imagefolder --data_dir {bad}/newline", r"cat/a\nb.png: not a readable image"),
+    ("--dataset cifar10 --data_dir {bad}/cifar_code", "test_batch: not a CIFAR file, or damaged (refused"),
+    ("--dataset cifar10 --data_dir {bad}/cifar_range", "a label is out of range, there are 10 classes"),
+    ("--dataset cifar10 --data_dir {bad}/cifar_labels", "not CIFAR's own format"),
+    ("--dataset cifar10 --data_dir {bad}/cifar_lists", "holds no dictionary but list"),
+    ("--dataset cifar10 --data_dir {bad}/cifar_cut", "test_batch: not a CIFAR file, or damaged"),
+    ("--dataset cifar10 --data_dir {bad}/cifar_meta", "batches.meta: has no label_names"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_cut", "train-images-idx3-ubyte.gz: damaged"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_claims", "train-images-idx3-ubyte: not an IDX file, or truncated"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_range", "a label is out of range, there are 10 classes"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_legacy", "files are missing"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+
+
+@pytest.mark.parametrize("words, expected", FILES, ids=[str(i) for i in range(len(FILES))])
+def test_files(bad, tmp_path, no_network, words, expected):
+    done = in_process("train.py", "--name", "run", *TINY, *places(tmp_path), *words.format(bad=bad).split())
+    one_line(done, "train.py", expected)
+    assert not list(tmp_path.iterdir()) and not (bad / "ran").exists()
+
+
+# --- eval.py ---
+
+
+def changed(state: dict, key: str, **changes) -> dict:
+    return state | {key: state[key] | changes}
+
+
+CHECKPOINTS = {
+    "bare": (lambda s: {"model": {}}, "has no 'config'"),
+    "list": (lambda s: [1], "has no 'model'"),
+    "missing": (lambda s: {k: v for k, v in s.items() if k != "classes"}, "has no 'classes'"),
+    "absurd": (lambda s: changed(s, "config", dim=10**9), "dim 1000000000 is not a whole number within"),
+    "large": (lambda s: changed(s, "config", dim=8192, mlp_dim=8192, depth=8), "cls_token is (1, 1, 32), not (1, 1,"),
+    "deep": (lambda s: changed(s, "config", depth=10**9), "depth 1000000000 is not"),
+    "type": (lambda s: changed(s, "config", dim="32"), "dim '32' is not a whole number"),
+    "zero": (lambda s: changed(s, "config", heads=0), "heads 0 is not a whole number"),
+    "word": (lambda s: changed(s, "config", colour=3), "unexpected keyword argument 'colour'"),
+    "config": (lambda s: s | {"config": 5}, "does not fit this version's models"),
+    "weights": (lambda s: s | {"model": [1]}, "does not fit this version's models"),
+    "key": (lambda s: s | {"model": {k: v for k, v in s["model"].items() if k != "norm.bias"}}, "norm.bias"),
+    "more": (lambda s: changed(s, "model", more=torch.ones(1)), "does not fit this version's models"),
+    "nan": (lambda s: changed(s, "model", **{"norm.bias": torch.full((32,), torch.nan)}), "norm.bias has values"),
+    "classes": (lambda s: s | {"classes": ["a"]}, "its model is not for its classes"),
+    "numbers": (lambda s: s | {"classes": [1] * 10}, "its classes are not names"),
+    "flags": (lambda s: s | {"args": {}}, "its flags are not those of train.py"),
+    "mean": (lambda s: changed(s, "args", mean=[0.0]), "its mean is [0.0]"),
+    "std": (lambda s: changed(s, "args", std=[0.0] * 3), "its std is [0.0, 0.0, 0.0]"),
+    "outside": (lambda s: changed(s, "args", name="../../x"), "is no file name"),
+    "step": (lambda s: s | {"step": "x"}, "step 'x'"),
+    "precision": (lambda s: s | {"precision": "fp8"}, "precision 'fp8'"),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints(good, tmp_path, kind):
+    change, expected = CHECKPOINTS[kind]
+    path = tmp_path / f"{kind}.bin"
+    torch.save(change(torch.load(good / f"{RUN}_checkpoint.bin", weights_only=True)), path)
+    one_line(in_process("eval.py", path, "--plot", "position"), "eval.py", expected)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+EVAL = [
+    ("{bad}/none.bin", "none.bin: no such file"),
+    ("{bad}", "no such file"),
+    ("{bad}/evil.pth", "evil.pth: refused"),
+    ("{good} --images {bad}/none.png", "none.png: no such file"),
+    ("{good} --images {bad}/text", "text: not a readable image"),
+    ("{good} --images {bad}/empty", "empty: not a readable image"),
+    ("{good} --images {bad}/cut.png", "cut.png: not a readable image"),
+    ("{good} --images {bad}/bomb.png", "bomb.png: not a readable image"),
+    ("{good} --images {bad}/large.png", "13000 x 13000 pixels are more than 89478485"),
+    ("{good} --images {bad}/float.tif", "floating-point pixels"),
+    (["{good}", "--images", "{bad}/a b'\"$(touch x).png"], "a b'\"$(touch x).png: not a readable image"),
+    ("{good} --images {bad}", "not a readable image"),
+    ("{good} --images a.png --dataset cifar10", "leave out --dataset"),
+    ("{good} --dataset imagefolder --data_dir {bad}/fine", "'cat' is not among the 10 known"),
+    ("{good} --top 0", "0 is not at least 1"),
+    ("{good} --blocks 0", "--plot attention shows, which is missing"),
+    ("{good} --plot attention --blocks 2", "--blocks 2: the model has blocks 0 to 1"),
+    ("{good} --plot wrong", "'wrong'"),
+    ("{good} --plot position --output_dir {bad}/text", "choose another --output_dir"),
+    ("{good} --output_dir {bad}/text", "choose another --output_dir"),
+    ("", "required: checkpoint"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, expected", EVAL, ids=[str(i) for i in range(len(EVAL))])
+def test_evaluation(good, bad, words, expected):
+    before = sorted(good.iterdir())
+    words = words.split() if isinstance(words, str) else words
+    words = [word.format(bad=bad, good=good / f"{RUN}_checkpoint.bin") for word in words]
+    one_line(in_process("eval.py", *words), "eval.py", expected)
+    assert sorted(good.iterdir()) == before and not (bad / "ran").exists()
+
+
+# --- plot.py and the sweeps ---
+
+PLOT = [
+    ("{bad}/none", "none: no such folder"),
+    ("{bad}/logs/none", "holds no run"),
+    ("{bad}/text", "not named as a run"),
+    ("{bad}/logs/bare", "does not begin with the record 'start'"),
+    ("{bad}/logs/other", "does not begin with the record 'start'"),
+    ("{bad}/logs/middle", "line 1 is not JSON"),
+    ("{bad}/logs/deep", "line 1 is not JSON"),
+    ("{bad}/logs/digits", "line 1 is not JSON"),
+    ("{bad}/logs/old", "lacks 'settings'"),
+    ("{bad}/logs/array", "a record lacks"),
+    ("{bad}/logs/settings", "a record lacks"),
+    ("{bad}/logs/words", "holds values that no run has"),
+    ("{bad}/logs/above", "holds values that no run has"),
+    ("{bad}/logs/step", "holds values that no run has"),
+    ("{bad}/logs/binary", "not a text file"),
+    ("{bad}/logs/loss", "'Valid Loss: high' is not a line"),
+    ("{good} --logs {bad}/none", "none: no such folder"),
+    ("{good} --out {bad}/text", "cannot be written to"),
+    ("{good} --out /proc/nowhere", "cannot be written to"),
+    ("--otu x", "did you mean --out?"),
+    ("--plan --name a/b", "usable as a file name"),
+]
+
+
+@pytest.mark.parametrize("words, expected", PLOT, ids=[str(i) for i in range(len(PLOT))])
+def test_plots(good, bad, words, expected):
+    script = "train.py" if "--plan" in words else "plot.py"
+    one_line(watched("plot.py", words.format(bad=bad, good=good).split()), script, expected)
+
+
+SWEEPS = [
+    (dict(ARCHS="ViT-X_1"), "invalid choice: 'ViT-X_1'"),
+    (dict(ARCHS=" "), "nothing to do"),
+    (dict(ARCHS="*"), "invalid choice: '*'"),
+    (dict(NORMS="LN XX"), "invalid choice: 'XX'"),
+    (dict(SEEDS="x"), "invalid int value: 'x'"),
+    (dict(CELL="16"), "no cell 16, there are 16 from 0 on"),
+    (dict(CELL="two"), "CELL 'two' is not the number of a cell"),
+    (dict(CELL="a[$(touch {tmp}/ran)]"), "is not the number of a cell"),
+    (dict(GPUS="x"), "GPUS 'x' are not numbers"),
+    (dict(GPUS=" "), "GPUS ' ' are not numbers"),
+    (dict(PYTHON="{tmp}/none"), "none': no such program"),
+    (dict(NAME="../x"), "usable as a file name"),
+    (dict(NAME="$(touch {tmp}/ran)/`touch {tmp}/ran`"), "usable as a file name"),
+    (dict(NAME="a\nb"), r"'a\nb' must be usable"),
+    (dict(DATASET="mnist"), "invalid choice: 'mnist'"),
+    (dict(FLAGS="--lerning_rate 1"), "did you mean --learning_rate?"),
+    (dict(FLAGS="--num_steps $(touch {tmp}/ran)"), "invalid int value: '$(touch'"),
+]
+
+
+@pytest.mark.parametrize("env, expected", SWEEPS, ids=[str(i) for i in range(len(SWEEPS))])
+@pytest.mark.parametrize("script", ["train1.sh", "train3.sh"])
+def test_sweeps(tmp_path, script, env, expected):
+    env = {name: value.format(tmp=tmp_path) for name, value in env.items()}
+    words = [*places(tmp_path), *env.pop("FLAGS", "").split()]
+    env = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path)} | env
+    done = subprocess.run(["sh", str(ROOT / script), *words], capture_output=True, text=True, env=env, timeout=60)
+    one_line(done, "train1.sh", expected)
+    assert done.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_hostile_names_run_nothing(tmp_path):
+    """A name that a shell would run is only a name, from the sweep to the files and the pictures."""
+    name = "a b'\"$(touch ran);`touch ran`*${HOME}$x^2$ $}$é-"
+    flags = "--dataset fashionmnist-mini --img_size 28 --patch_size 7 --dim 32 --depth 1 --heads 2 --mlp_dim 32".split()
+    flags += ["--num_steps", "2", "--train_batch_size", "8", "--eval_batch_size", "2000", *places(tmp_path)]
+    env = dict(NAME=name, ARCHS="ViT-Ti_16", NORMS="LN", PYTHON=sys.executable, TMPDIR=str(tmp_path), DRY_RUN="0")
+    done = subprocess.run(["sh", str(ROOT / "train1.sh"), *flags], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, **env})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "output"] and not (ROOT / "ran").exists()
+    run = f"{name}_ViT-Ti_16_norm_LN_fp_True_img_28_pretrain_F"
+    files = {path.name for path in (tmp_path / "output").iterdir()}
+    assert {f"{run}.jsonl", f"{run}_checkpoint.bin", f"{run}_curves.png", "results.md"} <= files
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == [run]
+    checkpoint = tmp_path / "output" / f"{run}_checkpoint.bin"
+    assert in_process("eval.py", checkpoint, "--plot", "position").returncode == 0
+    assert in_process("eval.py", checkpoint).returncode == 0
+
+
+def test_too_little_memory_is_said(good, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(eval, "main", full)
+    with pytest.raises(SystemExit) as left:
+        eval.run_main(eval.main, None)
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("train.py", "--name run --dataset imagefolder --data_dir {bad}/bomb --img_size 32 --output_dir {tmp}/o"),
+        ("train.py", "--name run --dataset fashionmnist-mini --pretrained_dir {bad}/evil.pth --output_dir {tmp}/o"),
+        ("eval.py", "{good} --images {bad}/large.png"),
+        ("plot.py", "{bad}/logs/words"),
+    ],
+)
+def test_in_a_process_of_its_own(good, bad, tmp_path, script, words):
+    """Nothing of warnings or tracebacks beside the line, as a user sees it."""
+    words = words.format(bad=bad, tmp=tmp_path, good=good / f"{RUN}_checkpoint.bin").split()
+    one_line(call(script, *words, check=2), script, ": ")
+    assert not list(tmp_path.iterdir())
+
+
+# --- odd, but right ---
+
+
+def rgb(path: Path) -> np.ndarray:
+    image = readers.read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_odd_images_are_read(tmp_path):
+    """Pixel values of every mode that image files have."""
+    red = (200, 30, 10)
+    flat = Image.new("RGB", (6, 4), red)
+    flat.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(rgb(tmp_path / "cmyk.jpg").astype(int) - red).max() <= 3
+    flat.convert("CMYK").save(tmp_path / "cmyk.tif")
+    assert (rgb(tmp_path / "cmyk.tif") == red).all()
+    for value, expected in ((0, 0), (257 * 7, 7), (65535, 255)):
+        Image.fromarray(np.full((4, 6), value, np.uint16)).save(tmp_path / "deep.png")
+        assert (rgb(tmp_path / "deep.png") == expected).all()
+    clear = Image.new("RGBA", (6, 4), (*red, 0))
+    clear.save(tmp_path / "clear.png")
+    assert (rgb(tmp_path / "clear.png") == red).all()  # transparency is dropped, as in torchvision's ImageFolder
+    palette = flat.quantize(4)
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert (rgb(tmp_path / "palette.png") == red).all()
+    Image.new("LA", (6, 4), (90, 10)).save(tmp_path / "gray_alpha.png")
+    assert (rgb(tmp_path / "gray_alpha.png") == 90).all()
+    Image.new("1", (6, 4), 1).save(tmp_path / "bilevel.png")
+    assert (rgb(tmp_path / "bilevel.png") == 255).all()
+    frames = [Image.new("RGB", (6, 4), colour) for colour in (red, (0, 255, 0), (0, 0, 255))]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert (rgb(tmp_path / "moving.gif") == red).all()  # the first frame
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert (rgb(tmp_path / "moving.webp") == red).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # 'turn by 90 degrees', ignored as in torchvision's ImageFolder
+    flat.save(tmp_path / "turned.png", exif=exif)
+    assert rgb(tmp_path / "turned.png").shape == (4, 6, 3)
+
+
+def test_odd_names_are_names(good, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    names = ["a b.png", "quote'\".png", "-x.png", "ünï 图.png", "new\nline.png", "$(touch x).png", "%s{}.png", "a.PNG"]
+    for name in names:
+        Image.fromarray(image).save(tmp_path / name, format="PNG")
+    files = [tmp_path / name for name in names]
+    done = in_process("eval.py", good / f"{RUN}_checkpoint.bin", "--json", "--images", *files)
+    answers = json.loads(done.stdout)
+    assert list(answers) == list(map(str, files)) and len({str(answer) for answer in answers.values()}) == 1
+
+
+def test_odd_folder_is_trained_and_scored(tmp_path):
+    """Odd names of classes and files, hidden ones, links, no images among images."""
+    folder = tmp_path / 'my photos\' "$(x)"'
+    classes = ["a b", "-x", "$x^2$ $\\frac$", "ünï 图", "100%"]
+    write_folder(folder, per_class=2, classes=classes)
+    first = folder / "train" / "a b"
+    (first / ".hidden.png").write_text("no image")
+    (first / "notes.txt").write_text("no image")
+    (first / "deeper").mkdir()
+    (first / "000.png").rename(first / "deeper" / "new\nline.PNG")
+    (first / "again.png").symlink_to(first / "001.png")
+    (folder / "train" / ".hidden").mkdir()
+    (folder / "train" / "stray.png").write_text("not of a class, so not read")
+    words = ["--name=-é $}$", *TINY, "--dataset", "imagefolder", "--data_dir", folder, "--train_batch_size", 4]
+    done = in_process("train.py", *words, "--num_steps", 2, *places(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "5 classes, 11 training and 10 test images" in done.stdout
+    path = tmp_path / "output" / f"-é $}}$_{RUN.removeprefix('run_')}_checkpoint.bin"
+    done = in_process("eval.py", path)
+    assert done.returncode == 0 and all(f"  {name}" in done.stdout for name in classes), done.stderr
+    assert in_process("plot.py", tmp_path / "output").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--num_steps 1_0", "--lr 1e-320", "--weight_decay -0", "--save_every 2147483647", "--eval_every 2000000000"],
+)
+def test_odd_numbers_are_numbers(words):
+    done = watched("plot.py", ["--plan", "--name", "run", *TINY, *words.split()])
+    assert done.returncode == 0, done.stderr
+
+
+def test_more_classes_than_there_are(good, tmp_path):
+    Image.new("RGB", (5, 5)).save(tmp_path / "a.png")
+    done = in_process("eval.py", good / f"{RUN}_checkpoint.bin", "--images", tmp_path / "a.png", "--top", 99, "--json")
+    assert len(json.loads(done.stdout)[str(tmp_path / "a.png")]) == 10
