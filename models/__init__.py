@@ -42,7 +42,7 @@ def _shown(size: tuple[int, int]) -> str:
 # The largest values of what is counted. Nobody trains beyond them, and what lies far beyond would fill the memory.
 LIMITS = dict(
     patch_size=4096, dim=2**16, depth=1000, heads=2**16, mlp_dim=2**20, channels=1024, stem_depths=1000, stem_width=4096
-) | dict(image_size=8192, image_sizes=8192, merge_num=85, merge_layer=1000, num_classes=2**20)  # fmt: skip
+) | dict(image_size=8192, image_sizes=8192, merge_num=1000, merge_layer=1000, num_classes=2**20)  # fmt: skip
 MAX_PARAMETERS = 10**10
 MAX_TOKENS = 2**20
 SEQUENCES = ("image_size", "image_sizes", "merge_num", "merge_layer", "stem_depths")  # words that may have several
