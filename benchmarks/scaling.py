@@ -1,10 +1,10 @@
-"""How the cost of a training step grows: with tokens, batch, size of the data set, and processes.
+"""How the cost of a training step grows: with tokens, batch, size of the data set, and processes; and with the norm.
 
     python benchmarks/scaling.py                      # a small ViT on one core; processes have one core each
     python benchmarks/scaling.py --bf16 --device cuda # other flags go to train.py
 
-Tokens, batch and data take turns in one process, train.py's own update with data and augmentation each. Processes are
-runs of train.py, whose TensorBoard says how many images they trained a second.
+Tokens, batch, data and norms take turns in one process, train.py's own update with data and augmentation each.
+Processes are runs of train.py, whose TensorBoard says how many images they trained a second.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from utils import data_utils, dist_util, options
 from utils.readers import Uniform
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --opt adamw --dropout 0 --aug strong".split()
+BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --memory_limit 8".split()
+BASE += "--opt adamw --dropout 0 --aug strong".split()
 SIZES = "--dim 128 --depth 6 --heads 4 --mlp_dim 512".split()
 
 
@@ -95,6 +96,7 @@ def main() -> None:
             "batch 128": updates([*small, "--train_batch_size", "128"], folder),
             "batch 256": updates([*small, "--train_batch_size", "256"], folder),
             "100,000 images": updates(small, folder, copies=10),
+            **{f"norm {norm}": updates([*small, "--norm_type", norm], folder) for norm in NORM_TYPES[1:]},
         }
         device = torch.device("cuda") if "cuda" in words else torch.device("cpu")
         taken = take_turns(
@@ -120,9 +122,8 @@ def main() -> None:
             base = result["speed"] if not rows else rows[0]["images/s"]
             rows.append({"processes": count, "images/s": round(result["speed"]), "x the first": result["speed"] / base})
         if rows:
-            report(
-                f"Processes of one core each, {os.cpu_count()} cores, the same whole batch of 64", rows, device, None
-            )
+            title = f"Processes of one core each, {os.cpu_count()} cores, the same whole batch of 64"
+            report(title, rows, device, own.json and own.json.with_stem(f"{own.json.stem}_processes"))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def main() -> None:
     if own.threads:
         torch.set_num_threads(own.threads)
     folder = tempfile.TemporaryDirectory()
-    words = "--name speed --dataset fashionmnist-mini --opt adamw --dropout 0".split()
+    words = "--name speed --dataset fashionmnist-mini --memory_limit 8 --opt adamw --dropout 0".split()
     words += ["--output_dir", folder.name, "--log_dir", folder.name, *rest]
     args = options.parse_train_args(words, MODELS, NORM_TYPES, model_sizes)
     processes = dist_util.start(args.device, args.gpu_id)

@@ -1,0 +1,149 @@
+"""What this code reaches: runs with several seeds, their kept logs, and README's tables made from these.
+
+    python benchmarks/results.py                                   # the tables, from benchmarks/results/
+    python benchmarks/results.py --run models --data_dir data      # run what is missing in a group, and keep its logs
+    python benchmarks/results.py --commands fast                   # the command of every row
+    python plot.py benchmarks/results                              # curves of the kept logs
+
+Groups: fast, ablation, models, norms. Each row is a train.py run a seed on the complete Fashion-MNIST, which is
+downloaded where it is missing. Weights and TensorBoard go to --output_dir, the .jsonl to benchmarks/results/GROUP/.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from common import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks" / "results"
+SEEDS = (1, 2, 3)
+
+COMMON = "--dataset fashionmnist --bf16 --dropout 0 --weight_decay 0.05 --aug flip"
+EQUAL = f"{COMMON} --opt adamw --lr 1e-3 --train_batch_size 100 --num_steps 2000 --warmup_steps 200 --eval_every 500"
+AT_32 = "--img_size 32 --patch_size 4 --dim 64 --heads 4 --mlp_dim 256"
+VIT_32 = f"--model_type ViT-Ti_16 {AT_32} --depth 4"
+MVIT_32 = f"--model_type MViT-Ti {AT_32} --depth 3 --img_sizes 16 32"
+DEMS_32 = f"--model_type DEMS-Ti {AT_32} --depth 4 --merge_layer 2 3 --merge_num 64 32"
+DEEP_28 = "--model_type ViT-Ti_16 --img_size 28 --patch_size 7 --dim 64 --heads 4 --mlp_dim 256 --depth 6"
+VIT_28 = "--model_type ViT-Ti_16 --img_size 28 --patch_size 4 --dim 64 --heads 4 --mlp_dim 256 --depth 4"
+QUARTER = "--train_batch_size 128 --num_steps 1000 --warmup_steps 100 --eval_every 1000"
+WHOLE = "--train_batch_size 128 --num_steps 4000 --warmup_steps 400 --eval_every 1000"
+USUAL = f"{COMMON} --opt adamw --lr 3e-3"
+FAST = f"{COMMON} --opt muon --lr 4e-3 --decay_type linear"
+HELD_OUT = f"{VIT_28} {QUARTER} --val_fraction 0.1"
+GROUPS = {
+    "fast": {
+        "ViT, AdamW, all steps": f"{VIT_28} {USUAL} {WHOLE}",
+        "ViT, fast recipe, a quarter of them": f"{VIT_28} {FAST} {QUARTER}",
+        "DEMS, AdamW, all steps": f"{DEMS_32} {USUAL} {WHOLE} --num_steps 2000 --warmup_steps 200",
+        "DEMS, fast recipe, a quarter of them": f"{DEMS_32} {FAST} {QUARTER} --num_steps 500 --warmup_steps 50",
+    },
+    "ablation": {
+        "fast recipe: Muon, 4e-3, linear decay": f"{HELD_OUT} {FAST}",
+        "AdamW at 3e-3": f"{HELD_OUT} {FAST} --opt adamw --lr 3e-3",
+        "cosine decay": f"{HELD_OUT} {FAST} --decay_type cosine",
+        "learning rate 2e-3": f"{HELD_OUT} {FAST} --lr 2e-3",
+        "learning rate 8e-3": f"{HELD_OUT} {FAST} --lr 8e-3",
+    },
+    "models": {
+        "ViT, depth 4": f"{EQUAL} {VIT_32}",
+        "MViT, depth 3, scales 16 and 32 px": f"{EQUAL} {MVIT_32}",
+        "DEMS, depth 4, merges to 64 and 32": f"{EQUAL} {DEMS_32}",
+    },
+    "norms": {norm: f"{EQUAL} {DEEP_28} --norm_type {norm}" for norm in ("LN", "BN", "GN", "Rescale")},
+}
+
+
+def run_name(group: str, row: str) -> str:
+    return f"{group}-{''.join(c if c.isalnum() else '-' for c in row)}"
+
+
+def command(group: str, row: str, seed: int | str) -> list[str]:
+    return ["train.py", *GROUPS[group][row].split(), "--name", run_name(group, row), "--seed", str(seed)]
+
+
+def run(group: str, row: str, seed: int, more: list[str], folder: Path) -> None:
+    """Train one row with one seed, unless its log is kept already."""
+    kept = KEPT / group
+    if find(group, row, seed):
+        return
+    places = ["--output_dir", str(folder), "--log_dir", str(folder / "logs")]
+    words = [sys.executable, *command(group, row, seed), *places, *more]
+    done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}\n{done.stderr}")
+    kept.mkdir(parents=True, exist_ok=True)
+    log = next(folder.glob(f"{run_name(group, row)}_*_seed_{seed}.jsonl"))
+    shutil.copy(log, kept)
+    (kept / "machine.txt").write_text(f"{machine(torch.device('cpu'))}, one core a run")
+    print(f"{log.stem}: {records(log)[-1]['seconds'] / 60:.1f} min", flush=True)
+
+
+def find(group: str, row: str, seed: int) -> Path | None:
+    return next((KEPT / group).glob(f"{run_name(group, row)}_*_seed_{seed}.jsonl"), None)
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def spread(values: list[float]) -> str:
+    """mean ± sample standard deviation, in percent."""
+    deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.2f}{deviation}"
+
+
+def table(group: str) -> None:
+    rows = {row: [records(path) for seed in SEEDS if (path := find(group, row, seed))] for row in GROUPS[group]}
+    rows = {row: runs for row, runs in rows.items() if runs}
+    if not rows:
+        return
+    chosen = next(iter(rows.values()))[0][-1]["selected_on"]
+    columns = (
+        f"{group} | parameters | MFLOPs | steps | epochs | seeds | {chosen}, last, % | {chosen}, best, % | minutes"
+    )
+    print(
+        f"\n`python benchmarks/results.py --run {group}`; {(KEPT / group / 'machine.txt').read_text()}\n\n| {columns} |"
+    )
+    print("|---" * 9 + "|")
+    for row, runs in rows.items():
+        start = runs[0][0]
+        settings = start["settings"]
+        print(
+            f"| {row} | {start['parameters']:,} | {1000 * start['gflops']:.1f} | {settings['num_steps']:,} "
+            f"| {settings['epochs']:.1f} | {len(runs)} | {spread([end['last_accuracy'] for *_, end in runs])} "
+            f"| {spread([end['best_accuracy'] for *_, end in runs])} "
+            f"| {statistics.median(end['seconds'] for *_, end in runs) / 60:.1f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", choices=GROUPS, default=[], metavar="GROUP")
+    parser.add_argument("--commands", nargs="+", choices=GROUPS, default=[], metavar="GROUP")
+    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--output_dir", type=Path, default=Path("output/results"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one core each [2]")
+    args = parser.parse_args()
+    for group in args.commands:
+        for row in GROUPS[group]:
+            print("python " + " ".join(command(group, row, "1")))
+    folder = args.output_dir.resolve()
+    cells = [(group, row, seed) for group in args.run for seed in SEEDS for row in GROUPS[group]]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda cell: run(*cell, ["--data_dir", args.data_dir], folder), cells))
+    if not args.commands:
+        for group in args.run or GROUPS:
+            table(group)
+
+
+if __name__ == "__main__":
+    main()
