@@ -103,8 +103,7 @@ class Run:
         self.args, self.processes, self.data, self.device = args, processes, data, processes.device
         self.id = options.run_id(args)
         self.config = options.model_config(args) | {"num_classes": len(data.classes)}
-        wanted = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        self.precision, self.precision_note = dist_util.usable_precision(wanted, self.device)
+        self.precision, self.precision_note = dist_util.usable_precision(options.precision(args), self.device)
 
         check_memory(args, self.config, self.device)
         torch.manual_seed(args.seed)
@@ -234,6 +233,8 @@ class Run:
             memory_limit=args.memory_limit,
         )
         self.log.info(*run_description(args, facts, self.weights, self.precision_note))
+        if args.compile and self.anomaly:
+            self.log.info("--detect_anomaly: not compiled, as it watches every module")
         if args.sync_bn:
             effect = "of all processes together" if self.processes.world > 1 else "of the one process, as without"
             self.log.info(f"--sync_bn: batch statistics are those {effect}")
@@ -420,8 +421,7 @@ def validate_only(args: Namespace, processes: dist_util.Processes, data: data_ut
     """Evaluate --load_model_dir on the test set, without writing anything."""
     model = create_model(**options.model_config(args), num_classes=len(data.classes))
     load_weights(model, args, keep_head=True)
-    wanted = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-    precision, _ = dist_util.usable_precision(wanted, processes.device)
+    precision, _ = dist_util.usable_precision(options.precision(args), processes.device)
     batches = data_utils.eval_batches(
         data.test, eval_augment(vars(args), processes.device, precision), batch_size=args.eval_batch_size,
         rank=processes.rank, world=processes.world, device=processes.device, num_workers=args.num_workers,

@@ -27,24 +27,24 @@ KEPT = ROOT / "benchmarks" / "results"
 SEEDS = (1, 2, 3)
 
 COMMON = "--dataset fashionmnist --bf16 --dropout 0 --weight_decay 0.05 --aug flip"
-EQUAL = f"{COMMON} --opt adamw --lr 1e-3 --train_batch_size 100 --num_steps 2000 --warmup_steps 200 --eval_every 500"
+EQUAL = f"{COMMON} --opt adamw --lr 1e-3 --train_batch_size 100 --num_steps 1000 --warmup_steps 100 --eval_every 500"
 AT_32 = "--img_size 32 --patch_size 4 --dim 64 --heads 4 --mlp_dim 256"
 VIT_32 = f"--model_type ViT-Ti_16 {AT_32} --depth 4"
 MVIT_32 = f"--model_type MViT-Ti {AT_32} --depth 3 --img_sizes 16 32"
 DEMS_32 = f"--model_type DEMS-Ti {AT_32} --depth 4 --merge_layer 2 3 --merge_num 64 32"
 DEEP_28 = "--model_type ViT-Ti_16 --img_size 28 --patch_size 7 --dim 64 --heads 4 --mlp_dim 256 --depth 6"
 VIT_28 = "--model_type ViT-Ti_16 --img_size 28 --patch_size 4 --dim 64 --heads 4 --mlp_dim 256 --depth 4"
-QUARTER = "--train_batch_size 128 --num_steps 1000 --warmup_steps 100 --eval_every 1000"
-WHOLE = "--train_batch_size 128 --num_steps 4000 --warmup_steps 400 --eval_every 1000"
+QUARTER = "--train_batch_size 128 --num_steps 600 --warmup_steps 60 --eval_every 300"
+WHOLE = "--train_batch_size 128 --num_steps 2400 --warmup_steps 240 --eval_every 300"
 USUAL = f"{COMMON} --opt adamw --lr 3e-3"
 FAST = f"{COMMON} --opt muon --lr 4e-3 --decay_type linear"
 HELD_OUT = f"{VIT_28} {QUARTER} --val_fraction 0.1"
 GROUPS = {
     "fast": {
         "ViT, AdamW, all steps": f"{VIT_28} {USUAL} {WHOLE}",
-        "ViT, fast recipe, a quarter of them": f"{VIT_28} {FAST} {QUARTER}",
-        "DEMS, AdamW, all steps": f"{DEMS_32} {USUAL} {WHOLE} --num_steps 2000 --warmup_steps 200",
-        "DEMS, fast recipe, a quarter of them": f"{DEMS_32} {FAST} {QUARTER} --num_steps 500 --warmup_steps 50",
+        "ViT, fast recipe, a quarter of them": "@recipes/fast_vit_fashionmnist.args",
+        "DEMS, AdamW, all steps": f"{DEMS_32} {USUAL} {WHOLE} --num_steps 1200 --warmup_steps 120",
+        "DEMS, fast recipe, a quarter of them": "@recipes/fast_dems_fashionmnist.args",
     },
     "ablation": {
         "fast recipe: Muon, 4e-3, linear decay": f"{HELD_OUT} {FAST}",

@@ -402,8 +402,13 @@ def run_id(args: argparse.Namespace) -> str:
     """The name of a run's files."""
     pretrained = "T" if args.pretrained_dir or args.load_model_dir else "F"
     seed = "" if args.seed == 42 else f"_seed_{args.seed}"
-    precision = args.fp16 or args.bf16
-    return f"{args.name}_{args.model_type}_norm_{args.norm_type}_fp_{precision}_img_{args.img_size}_pretrain_{pretrained}{seed}"
+    mixed = args.fp16 or args.bf16
+    return f"{args.name}_{args.model_type}_norm_{args.norm_type}_fp_{mixed}_img_{args.img_size}_pretrain_{pretrained}{seed}"
+
+
+def precision(args: argparse.Namespace) -> str:
+    """The precision that the flags ask for: 'fp32', 'bf16' or 'fp16'."""
+    return "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
 
 
 def model_config(args: argparse.Namespace) -> dict:
