@@ -129,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="+", choices=GROUPS, default=[], metavar="GROUP")
     parser.add_argument("--commands", nargs="+", choices=GROUPS, default=[], metavar="GROUP")
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS)
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--output_dir", type=Path, default=Path("output/results"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one core each [2]")
@@ -137,7 +138,7 @@ def main() -> None:
         for row in GROUPS[group]:
             print("python " + " ".join(command(group, row, "1")))
     folder = args.output_dir.resolve()
-    cells = [(group, row, seed) for group in args.run for seed in SEEDS for row in GROUPS[group]]
+    cells = [(group, row, seed) for group in args.run for seed in args.seeds for row in GROUPS[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda cell: run(*cell, ["--data_dir", args.data_dir], folder), cells))
     if not args.commands:
