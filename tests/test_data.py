@@ -218,10 +218,10 @@ def test_large_streamed_images_are_reduced_first(tmp_path):
     """A smooth picture, so that the filters' difference stays small."""
     wave = np.sin(np.linspace(0, 9, 300))[:, None, None] * np.cos(np.linspace(0, 7, 200))[None, :, None]
     pixels = np.rint(127.5 + 120 * wave * [1, -1, 0.5]).astype(np.uint8)
-    for split in ("train", "test"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        for i in range(4):
-            Image.fromarray(pixels).save(tmp_path / split / "a" / f"{i}.png")
+    for folder in ("train/a", "train/b", "test/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
     augment = Augment(16, *HALF, scale=(0.8, 1.0))
     images = []
     for limit in (2.0, 0.0):

@@ -185,7 +185,7 @@ def case_checkpoint(folder: Path, good: Path):
 
     def read():
         model, run = eval.load_run(str(path), CPU)
-        list(eval.eval_augment(run["args"], CPU).draw(torch.tensor([[9, 9]])))
+        list(eval.eval_augment(run["args"], CPU, run["precision"]).draw(torch.tensor([[9, 9]])))
         model(torch.zeros(1, 3, *model.image_size))
 
     return path, read, (mutate, mutate_members)

@@ -17,7 +17,7 @@ from tensorboard.plugins.hparams import metadata
 import eval as eval_script
 import train
 from models import MODELS, NORM_TYPES, create_model, model_sizes
-from utils import options, pictures
+from utils import checkpoint, options, pictures
 from utils.options import UserError
 from utils.vis_utils import denormalize, tile
 
@@ -243,7 +243,7 @@ def test_first_batch_is_shown_once_also_after_resuming(folder, trained, tmp_path
     lines = next((tmp_path / "output").glob("*.jsonl"))
     lines.write_text("\n".join(line for line in lines.read_text().splitlines() if '"end"' not in line) + "\n")
     state["step"] = 1  # as if it had been stopped there
-    torch.save(state, last)
+    checkpoint.save(last, state)
     run_train(tmp_path, "again", "--num_steps", 2)
     board = EventAccumulator(str(next((tmp_path / "logs").iterdir()))).Reload()
     assert len(board.Images("train/batch")) == 1

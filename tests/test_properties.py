@@ -218,7 +218,8 @@ def test_pipelines(pipeline, b, height, width, channels, seed):
     assert all(len(value) == b for value in params.values())
     out = augment(images, params)
     assert out.shape == (b, 3, augment.size, augment.size) and out.dtype == torch.float32 and out.isfinite().all()
-    pixels = (out - augment.bias) / augment.factor
+    factor, bias = (torch.tensor(values)[:, None, None] for values in (augment.factor, augment.bias))
+    pixels = (out - bias) / factor
     if not settings["reprob"]:
         assert pixels.min() >= -0.1 and pixels.max() <= 255.1
     for i in range(b):  # what becomes of an image doesn't depend on its neighbours
@@ -226,7 +227,7 @@ def test_pipelines(pipeline, b, height, width, channels, seed):
         assert (alone - out[[i]]).abs().max() <= 1e-4
     flat = images[:, :, :1, :1].expand(-1, -1, height, width)
     if not settings["reprob"] and not settings.get("pad") and not settings.get("operations"):
-        flat_pixels = (augment(flat, params) - augment.bias) / augment.factor
+        flat_pixels = (augment(flat, params) - bias) / factor
         assert (flat_pixels - flat[:, :, :1, :1]).abs().max() < 0.02
     plain = Augment(height, [0.0] * 3, [1 / 255] * 3)
     if height == width:
