@@ -113,6 +113,21 @@ def test_scaler_is_idle_but_for_float16_on_cuda():
     assert not fixed.is_enabled()
 
 
+def test_momentum_is_defined_after_an_overflow_at_once():
+    """The fused step of torch skips such a step, but counts it as the first, from which it would have momentum."""
+    weight = torch.nn.Parameter(torch.ones(10_000))
+    model = torch.nn.Module()
+    model.blocks, model.weight, model.no_weight_decay = [], weight, set
+    optimizer = make_optimizer(model, flags("sgd"), torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu")
+    for gradient in (float("inf"), 0.0):
+        weight.grad = torch.full_like(weight, gradient)
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update()
+    assert (optimizer.state[weight]["momentum_buffer"].abs() <= 0.05).all()  # of weight decay
+
+
 def test_epoch_wise_rates_are_those_of_the_epochs_beginning():
     run = dict(base_lr=1.0, num_steps=100, warmup_steps=20, warmup_lr=0.1)
     rates = [learning_rate(step, steps_per_epoch=10, **run) for step in range(1, 101)]

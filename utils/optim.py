@@ -73,7 +73,11 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
     groups = parameter_groups(model, args.weight_decay, skip_bias_norm=skip, layer_decay=args.layer_decay)
     fused = device.type in ("cuda", "cpu")
     if args.opt == "sgd":
-        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, fused=fused)
+        optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, fused=fused)
+        for group in optimizer.param_groups:  # the fused step leaves them undefined where float16 overflows at once
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     adamw = dict(lr=args.learning_rate, betas=tuple(args.betas), fused=fused)
     if args.opt == "adamw":
         return torch.optim.AdamW(groups, **adamw)
