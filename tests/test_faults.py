@@ -254,7 +254,7 @@ def test_overwrite_removes_every_file(unfinished, tmp_path):
 
 def test_second_process_is_refused_and_the_first_undisturbed(reference, tmp_path):
     words = [*RUN, *places(tmp_path)]
-    first = start(*words, pause=5)
+    first = start(*words, pause=2)
     wait_for((tmp_path / "output" / LAST).exists, first)
     for more in ([], ["--overwrite"]):
         error = call("train.py", *words, *more, check=2).stderr
