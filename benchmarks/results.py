@@ -12,7 +12,6 @@ downloaded where it is missing. Weights and TensorBoard go to --output_dir, the 
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -71,19 +70,22 @@ def command(group: str, row: str, seed: int | str) -> list[str]:
     return ["train.py", *GROUPS[group][row].split(), "--name", run_name(group, row), "--seed", str(seed)]
 
 
-def run(group: str, row: str, seed: int, more: list[str], folder: Path) -> None:
+def run(group: str, row: str, seed: int, data_dir: str, folder: Path) -> None:
     """Train one row with one seed, unless its log is kept already."""
     kept = KEPT / group
     if find(group, row, seed):
         return
-    places = ["--output_dir", str(folder), "--log_dir", str(folder / "logs")]
-    words = [sys.executable, *command(group, row, seed), *places, *more]
+    places = ["--data_dir", data_dir, "--output_dir", str(folder), "--log_dir", str(folder / "logs")]
+    words = [sys.executable, *command(group, row, seed), *places]
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stderr}")
     kept.mkdir(parents=True, exist_ok=True)
     log = next(folder.glob(f"{run_name(group, row)}_*_seed_{seed}.jsonl"))
-    shutil.copy(log, kept)
+    own_place = f'"data_dir": {json.dumps(data_dir)}'  # of no interest to others
+    (kept / log.name).write_text(
+        log.read_text(encoding="utf-8").replace(own_place, '"data_dir": "data"'), encoding="utf-8"
+    )
     (kept / "machine.txt").write_text(f"{machine(torch.device('cpu'))}, one core a run")
     print(f"{log.stem}: {records(log)[-1]['seconds'] / 60:.1f} min", flush=True)
 
@@ -141,7 +143,7 @@ def main() -> None:
     folder = args.output_dir.resolve()
     cells = [(group, row, seed) for group in args.run for seed in args.seeds or SEEDS[group] for row in GROUPS[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda cell: run(*cell, ["--data_dir", args.data_dir], folder), cells))
+        list(pool.map(lambda cell: run(*cell, args.data_dir, folder), cells))
     if not args.commands:
         for group in args.run or GROUPS:
             table(group)
