@@ -141,7 +141,7 @@ def kill_at_random(folder: Path, reference: Path, kills: int, longest: float) ->
 
 
 def test_killed_at_random_moments_it_ends_as_the_uninterrupted_one(reference, tmp_path):
-    assert kill_at_random(tmp_path, reference, kills=6, longest=0.6)
+    assert kill_at_random(tmp_path, reference, kills=8, longest=0.3)
 
 
 @pytest.mark.slow
