@@ -15,6 +15,7 @@ import torch
 from common import rate, report, take_turns, times_faster
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as T
 
 from utils.augment import Augment
@@ -61,6 +62,18 @@ def cases() -> dict[str, tuple[int, dict, object]]:
             32,
             dict(pad=4, flip=True),
             T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), *TENSOR]),
+        ),
+        "pad 4, crop, flip, normalise, erase; 32 px; torchvision": (
+            32,
+            dict(pad=4, flip=True, reprob=0.1),
+            T.Compose(
+                [
+                    T.RandomCrop(32, padding=4),
+                    T.RandomHorizontalFlip(),
+                    *TENSOR,
+                    RandomErasing(0.1, mode="pixel", device="cpu"),
+                ]
+            ),
         ),
         "dems: crop, flip, jitter, normalise; 32 px; torchvision": (
             32,

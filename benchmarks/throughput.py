@@ -151,7 +151,7 @@ def main() -> None:
     fed, held = (Run(args, processes, data, keep_head=False) for _ in range(2))
     fed.model.train(), held.model.train()
     batches = data_utils.train_batches(
-        data.train, fed.augment, seed=args.seed, start=0, stop=args.num_steps, batch_size=batch_size,
+        data.train, fed.augment, seed=args.seed, start=0, stop=10**9, batch_size=batch_size,
         ra=args.ra, mix=fed.mix, device=device, num_workers=args.num_workers,
     )  # fmt: skip
     batch = next(batches)

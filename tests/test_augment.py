@@ -18,7 +18,16 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from models import MODELS, NORM_TYPES
 from utils import data_utils, options, randaugment, readers
-from utils.augment import ERASED_AREA, Augment, Mix, crop_flip_resize, random_resized_boxes, rotate, shift
+from utils.augment import (
+    ERASED_AREA,
+    Augment,
+    Mix,
+    crop_flip_resize,
+    line_weights,
+    random_resized_boxes,
+    rotate,
+    shift,
+)
 
 MEAN, STD = options.NORMALIZE["cifar"]
 FILL = (124, 116, 104)
@@ -199,6 +208,17 @@ def test_crop_as_torchvision(size, interpolation):
         torch.testing.assert_close(out, expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("interpolation", ("bilinear", "bicubic"))
+def test_weights_from_the_table_are_those_computed(interpolation, monkeypatch):
+    start, length = torch.tensor([(s, n) for n in range(1, 14) for s in range(14 - n)]).unbind(1)
+    for mirrored in (None, torch.zeros_like(start, dtype=torch.bool), start % 2 == 0):
+        arguments = (start, length, mirrored, 13, 9, interpolation, torch.bfloat16)
+        looked_up = line_weights(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.augment.TABLE", 0)
+            assert torch.equal(line_weights(*arguments), looked_up)
+
+
 @pytest.mark.parametrize("size", (20, 45))
 def test_bicubic_crop_as_pillow(size, clothes):
     """Over the whole range of levels, where what overshoots is cut off after each of the two passes.
@@ -239,10 +259,15 @@ def test_random_boxes_as_torchvision(height, width, scale):
 
 def test_pad_as_a_loop(clothes):
     offsets = torch.randint(0, 9, (len(clothes), 2), generator=seeded())
-    actual = shift(clothes, offsets, 4)
-    for image, (top, left), out in zip(clothes, offsets.tolist(), actual, strict=True):
-        padded = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)))
-        assert np.array_equal(out.numpy(), padded[:, top : top + 28, left : left + 28])
+    offsets[:2] = torch.tensor([[0, 0], [8, 8]])
+    flips = torch.rand(len(clothes), generator=seeded()) < 0.5
+    for images in (clothes, clothes[:, :1], clothes[..., :9]):
+        h, w = images.shape[2:]
+        actual = zip(shift(images, offsets, 4), shift(images, offsets, 4, flips), strict=True)
+        for image, (top, left), flip, (plain, flipped) in zip(images, offsets.tolist(), flips, actual, strict=True):
+            expected = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)))[:, top : top + h, left : left + w]
+            assert np.array_equal(plain.numpy(), expected)
+            assert np.array_equal(flipped.numpy(), expected[..., ::-1] if flip else expected)
 
 
 def test_keras_rotation(waves):
