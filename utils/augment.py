@@ -347,11 +347,12 @@ class Augment:
             if boxes is not None:
                 x = crop_flip_resize(images, boxes, flips, self.size, self.interpolation)
             elif flips is not None:
-                x = torch.where(flips[:, None, None, None], images.flip(-1), images)
+                place = torch.arange(len(images), device=images.device) + len(images) * flips
+                x = torch.cat([images, images.flip(-1)]).index_select(0, place)
             if self.rotation:
                 x = rotate(x.float(), params["angle"])
             if self.operations:  # grouped by what is chosen on the CPU, so that a GPU need not be asked
-                levels = (x + 0.5).byte().expand(-1, 3, -1, -1)
+                levels = randaugment.levels(x if x.dtype == torch.uint8 else x.round()).expand(-1, 3, -1, -1)
                 x = randaugment.operate(levels, chosen["operation"], chosen["value"], self.fill)
             x = self._normalise(x)
         if "erase" in params:

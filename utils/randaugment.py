@@ -11,6 +11,12 @@ from einops import rearrange
 
 # ---------------------------------------------------------------- operations on colours
 # images (n, 3, h, w) uint8, value (n, 1, 1, 1) float32 -> (n, 3, h, w) uint8
+# A CPU multiplies by a mask several times faster than torch.where chooses.
+
+
+def levels(x: torch.Tensor) -> torch.Tensor:
+    """Floats in 0..255 -> uint8, fractions cut off; by way of int32 in half the time on a CPU."""
+    return x.int().byte()
 
 
 def luma(images: torch.Tensor) -> torch.Tensor:
@@ -21,14 +27,14 @@ def luma(images: torch.Tensor) -> torch.Tensor:
 
 def blend(base: torch.Tensor | float, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """`base` at factor 0, the image at 1, beyond it at more; Pillow cuts fractions off rather than rounding."""
-    return ((images.float() - base).mul_(factor) + base).clamp_(0, 255).byte()
+    return levels(((images.float() - base).mul_(factor) + base).clamp_(0, 255))
 
 
 def auto_contrast(images: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     low = images.amin(dim=(2, 3), keepdim=True).float()
     spread = images.amax(dim=(2, 3), keepdim=True) - low
-    stretched = (images - low).mul_(255).div_(spread.clamp(min=1)).byte()
-    return torch.where(spread > 0, stretched, images)
+    stretched = (images - low).mul_(255).div_(spread.clamp(min=1))
+    return torch.where(spread > 0, levels(stretched), images)
 
 
 def equalize(images: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -50,11 +56,11 @@ def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
 
 
 def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    return torch.where(images < threshold, images, 255 - images)
+    return images ^ (images >= threshold).byte().neg_()  # minus one is 255, and x ^ 255 is 255 - x
 
 
 def solarize_add(images: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
-    return torch.where(images < 128, images + amount.byte(), images)  # at most 127 + 110, no overflow
+    return images + (images < 128).byte().mul_(amount.byte())  # at most 127 + 110, no overflow
 
 
 def color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -117,7 +123,13 @@ def cubic_weights(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def as_levels(x: torch.Tensor) -> torch.Tensor:
     """uint8; fractions are cut off as Pillow does, but not what float32 left just below a level."""
-    return x.add_(1e-3).clamp_(0, 255).byte()
+    return levels(x.add_(1e-3).clamp_(0, 255))
+
+
+def filled(images: torch.Tensor, inside: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """The image where `inside`, (n, h, w), and the colour `fill` elsewhere."""
+    inside = inside[:, None]
+    return images * inside + fill[:, None, None] * ~inside
 
 
 def slide(images: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
@@ -132,7 +144,7 @@ def slide(images: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, fill:
     out = sum(taken[..., k : k + w] * weight for k, weight in enumerate(weights))
     place = column[1:-2] + 0.5 + moved[..., None]
     inside = (place >= 0) & (place < w)
-    return torch.where(inside[:, None], as_levels(out), fill[:, None, None])
+    return filled(as_levels(out), inside, fill)
 
 
 def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
@@ -155,7 +167,7 @@ def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> t
     for i, weight in enumerate(down):
         rows = (padded[..., i * (s + 4) + j :] for j in range(4))
         out = out + weight * sum(row.gather(2, first) * w for row, w in zip(rows, across, strict=True))
-    return torch.where(inside[:, None], as_levels(out).view_as(images), fill[:, None, None])
+    return filled(as_levels(out).view_as(images), inside, fill)
 
 
 # ---------------------------------------------------------------- groups
