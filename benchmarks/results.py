@@ -26,7 +26,7 @@ KEPT = ROOT / "benchmarks" / "results"
 SEEDS = {"fast": (1, 2, 3), "ablation": (1, 2), "models": (1, 2, 3), "norms": (1, 2, 3)}
 
 COMMON = "--dataset fashionmnist --bf16 --dropout 0 --weight_decay 0.05 --aug flip"
-EQUAL = f"{COMMON} --opt adamw --lr 1e-3 --train_batch_size 100 --num_steps 1000 --warmup_steps 100 --eval_every 500"
+EQUAL = f"{COMMON} --opt adamw --lr 1e-3 --train_batch_size 100 --num_steps 3000 --warmup_steps 300 --eval_every 1000"
 AT_32 = "--img_size 32 --patch_size 4 --dim 64 --heads 4 --mlp_dim 256"
 VIT_32 = f"--model_type ViT-Ti_16 {AT_32} --depth 4"
 MVIT_32 = f"--model_type MViT-Ti {AT_32} --depth 3 --img_sizes 16 32"

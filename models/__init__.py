@@ -47,6 +47,7 @@ MAX_PARAMETERS = 10**10
 MAX_TOKENS = 2**20
 SEQUENCES = ("image_size", "image_sizes", "merge_num", "merge_layer", "stem_depths")  # words that may have several
 RATES = ("dropout", "attn_drop", "drop_path")
+SWITCHES = ("conv_stem",)
 
 
 def _numbers(value) -> list:
@@ -57,6 +58,8 @@ def _numbers(value) -> list:
 def _check_number(word: str, number) -> None:
     if word in RATES and not (isinstance(number, (int, float)) and 0 <= number < 1):
         raise ValueError(f"{word} {number!r} is not within 0 .. 1")
+    if word in SWITCHES and type(number) is not bool:
+        raise ValueError(f"{word} {number!r} is neither True nor False")
     if word in LIMITS and not (type(number) is int and 1 <= number <= LIMITS[word]):
         raise ValueError(f"{word} {number!r} is not a whole number within 1 .. {LIMITS[word]}")
 
@@ -117,6 +120,10 @@ def model_sizes(model_type: str, norm_type: str = "LN", image_size: int | tuple[
         for word in sorted(words & overrides.keys()):
             if owner != family:
                 raise ValueError(f"{word} belongs to {owner} models, {model_type} has none")
+    if overrides.get("conv_stem") and (family, norm_type) != ("ViT", "LN"):
+        raise ValueError(
+            f"a conv stem is made for plain ViT models with norm LN, not for {model_type} with {norm_type}"
+        )
     sizes = MODELS[model_type] | overrides
     _check_numbers(sizes | dict(image_size=image_size, image_sizes=sizes.get("image_sizes") or ()))
 
@@ -133,6 +140,9 @@ def model_sizes(model_type: str, norm_type: str = "LN", image_size: int | tuple[
         raise ValueError(f"dim {sizes['dim']} is not divisible by {divisor}, as {kind} needs")
     if family == "DEMS":
         _check_merges(sizes["depth"], sizes["merge_num"], sizes["merge_layer"])
+    patch_size = sizes["patch_size"]
+    if sizes.get("conv_stem") and (patch_size == 1 or patch_size.bit_count() > 1):
+        raise ValueError(f"a conv stem needs patches of 2, 4, 8, ... pixels, not {patch_size}")
     if family == "R50":
         if len(sizes["stem_depths"]) != 3:
             raise ValueError(f"stem depths {sizes['stem_depths']} are not three, one a block")

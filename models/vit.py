@@ -27,10 +27,31 @@ def drop_path(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     return x * keep / (1 - p)
 
 
+class ConvStem(nn.Module):
+    """3x3 convolutions of stride 2, each with GroupNorm (one group) and GELU, in place of most of the patch embedding.
+
+    After 'Early Convolutions Help Transformers See Better' (Xiao et al. 2021, arXiv 2106.14881), with a norm that keeps
+    images apart. (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size); channels double up to dim on the way.
+    """
+
+    def __init__(self, channels: int, dim: int, patch_size: int):
+        super().__init__()
+        self.stride, self.out_channels = patch_size, dim
+        layers = []
+        for i in reversed(range(patch_size.bit_length() - 1)):
+            width = max(1, dim >> i)
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.GELU()]
+            channels = width
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
 class PatchEmbed(nn.Module):
     """Image (b, c, h, w) -> tokens (b, n, d): a convolution with kernel = stride = patch, after the stem if any."""
 
-    def __init__(self, channels: int, dim: int, patch_size: int, stem: ResNetStem | None = None):
+    def __init__(self, channels: int, dim: int, patch_size: int, stem: ResNetStem | ConvStem | None = None):
         super().__init__()
         self.stem = stem or nn.Identity()
         if stem is not None:
@@ -119,9 +140,10 @@ class ViT(nn.Module):
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
         stem_depths: bottleneck units in each of the stem's three blocks, (3, 4, 9) in R50; None for plain patches.
         stem_width: channels of the stem's root convolution, 64 in R50.
+        conv_stem: a `ConvStem` before the patch embedding, which is then a 1x1 convolution; patch_size is a power of 2.
 
     Raises:
-        ValueError: sizes that don't divide.
+        ValueError: sizes that don't divide, or both kinds of stem.
     """
 
     def __init__(
@@ -140,6 +162,7 @@ class ViT(nn.Module):
         drop_path: float = 0.0,
         stem_depths: tuple[int, int, int] | None = None,
         stem_width: int = 64,
+        conv_stem: bool = False,
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -150,10 +173,16 @@ class ViT(nn.Module):
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         if stem_depths and patch_size % ResNetStem.stride:
             raise ValueError(f"patch size {patch_size} is not a multiple of {ResNetStem.stride}, the stem's stride")
+        if conv_stem and stem_depths:
+            raise ValueError("stem_depths and conv_stem ask for two stems")
+        if conv_stem and (patch_size == 1 or patch_size.bit_count() > 1):
+            raise ValueError(f"a conv stem needs patches of 2, 4, 8, ... pixels, not {patch_size}")
         self.image_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
 
         stem = ResNetStem(channels, stem_depths, stem_width) if stem_depths else None
+        if conv_stem:
+            stem = ConvStem(channels, dim, patch_size)
         self.patch_embed = PatchEmbed(channels, dim, patch_size, stem)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))

@@ -19,6 +19,7 @@ from utils.options import UserError
 TINY = dict(image_size=16, num_classes=5, patch_size=4, dim=32, depth=3, heads=2, mlp_dim=64)
 KINDS = {
     "ViT": ("ViT-Ti_16", "LN", TINY),
+    "conv stem": ("ViT-Ti_16", "LN", TINY | dict(conv_stem=True)),
     "BN": ("ViT-Ti_16", "BN", TINY),
     "GN": ("ViT-Ti_16", "GN", TINY),
     "Rescale": ("ViT-Ti_16", "Rescale", TINY),
@@ -194,6 +195,19 @@ def test_parameter_counts(model_type, image_size, num_classes, overrides, parame
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
 
 
+def test_conv_stem():
+    """Channels double up to dim, each 3x3 convolution halves the sides, and images stay apart."""
+    embed = make("conv stem").patch_embed
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    tokens = embed(x)
+    for conv, channels in zip(embed.stem.layers[::3], (16, 32), strict=True):
+        x = torch.nn.functional.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
+        x = torch.nn.functional.gelu(torch.nn.functional.layer_norm(x, (channels, *x.shape[2:])))
+    expected = torch.nn.functional.linear(x.flatten(2).mT, embed.proj.weight[:, :, 0, 0], embed.proj.bias)
+    assert tokens.shape == (4, 16, 32)
+    assert_close(tokens, expected)
+
+
 @pytest.mark.parametrize("model_type,parameters", [("DEMS-Ti", 5_648_168), ("DEMS-S", 22_349_064)])
 def test_parameter_counts_with_fixed_tables(model_type, parameters):
     with torch.device("meta"):
@@ -229,7 +243,7 @@ def test_oblong_images(kind):
 
 
 def test_default_dropout():
-    assert [make(kind).dropout.p for kind in KINDS] == [0.1, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0]
+    assert {kind: make(kind).dropout.p for kind in KINDS} == dict.fromkeys(KINDS, 0.1) | {"DEMS": 0.0, "MViT": 0.0}
 
 
 @all_kinds
@@ -433,7 +447,7 @@ def test_vit_names_are_timms():
 
 # --- messages ---
 
-CLASSES = {"ViT": ViT, "hybrid": ViT, "DEMS": DEMS, "MViT": MViT}
+CLASSES = {"ViT": ViT, "conv stem": ViT, "hybrid": ViT, "DEMS": DEMS, "MViT": MViT}
 
 
 @pytest.mark.parametrize(
@@ -442,6 +456,8 @@ CLASSES = {"ViT": ViT, "hybrid": ViT, "DEMS": DEMS, "MViT": MViT}
         ("ViT", dict(image_size=30), "image size 30 is not divisible by patch size 4"),
         ("ViT", dict(image_size=(16, 30)), "image size 16x30 is not divisible by patch size 4"),
         ("ViT", dict(heads=3), "dim 32 is not divisible by heads 3"),
+        ("conv stem", dict(image_size=18, patch_size=6), "a conv stem needs patches of 2, 4, 8, ... pixels, not 6"),
+        ("conv stem", dict(patch_size=1), "a conv stem needs patches of 2, 4, 8, ... pixels, not 1"),
         ("BN", dict(image_size=30), "image size 30 is not divisible by patch size 4"),
         ("Rescale", dict(heads=3), "dim 32 is not divisible by heads 3"),
         ("GN", dict(dim=30), "dim 30 is not divisible by 4, as GN needs"),
@@ -479,6 +495,14 @@ def test_bad_sizes(kind, overrides, message):
         (("DEMS-Ti", "BN"), {}, "norm type BN is made for plain ViT models, DEMS-Ti has LN only"),
         (("MViT-S", "Rescale"), {}, "norm type Rescale is made for plain ViT models, MViT-S has LN only"),
         (("R50-ViT-B_16", "GN"), {}, "norm type GN is made for plain ViT models, R50-ViT-B_16 has LN only"),
+        (
+            ("ViT-B_16", "BN"),
+            dict(conv_stem=True),
+            "a conv stem is made for plain ViT models with norm LN, not for ViT",
+        ),
+        (("R50-ViT-B_16",), dict(conv_stem=True), "a conv stem is made for plain ViT models with norm LN, not for R50"),
+        (("MViT-Ti",), dict(conv_stem=True), "a conv stem is made for plain ViT models with norm LN, not for MViT"),
+        (("ViT-B_16",), dict(conv_stem="conv"), "conv_stem 'conv' is neither True nor False"),
         (("ViT-B_16",), dict(merge_num=(8, 8)), "merge_num belongs to DEMS models, ViT-B_16 has none"),
     ],
 )

@@ -336,13 +336,15 @@ def kernel_of(projection: nn.Conv2d | nn.Sequential) -> torch.Tensor:
 
 
 def patch_kernels(model: nn.Module, scales: list[Scale]) -> list[tuple[str, torch.Tensor]]:
-    """Name and kernels (d, c, p, p) of each patch embedding; the root convolution where a stem comes first."""
+    """Name and kernels (d, c, p, p) of each patch embedding; the first convolution where a stem comes first."""
     if hasattr(model, "regions"):
         modules = (model.patch_embed, model.patch_embed_2, model.patch_embed_4, model.patch_embed_8)
         return [(scale.name, kernel_of(module.proj)) for scale, module in zip(scales, modules, strict=True)]
     stem = getattr(model.patch_embed, "stem", None)
     if hasattr(stem, "root"):
         return [("root convolution", stem.root.conv.weight)]
+    if hasattr(stem, "layers"):
+        return [("first convolution", stem.layers[0].weight)]
     return [("patch embedding", model.patch_embed.proj.weight)]
 
 
