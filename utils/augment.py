@@ -114,8 +114,8 @@ def _weight_table(
     in_size: int, out_size: int, interpolation: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Weights of every interval of whole pixels, the shortest first, and then of the same mirrored."""
-    length = torch.repeat_interleave(torch.arange(1, in_size + 1), torch.arange(in_size, 0, -1)).to(device)
-    start = torch.cat([torch.arange(in_size - length) for length in range(in_size)]).to(device)
+    intervals = [(start, length) for length in range(1, in_size + 1) for start in range(in_size + 1 - length)]
+    start, length = torch.tensor(intervals, device=device).unbind(1)
     weights = resize_weights(start, length, in_size, out_size, interpolation).to(dtype)
     return torch.cat([weights, weights.flip(1)])
 
@@ -178,11 +178,11 @@ def crop_flip_resize(
             x = normalise(x, factor, bias, dtype)
         each = rows[part, None].expand(-1, channels, -1, -1)
         torch.bmm(each.flatten(0, 1), x.flatten(0, 1), out=out[part].flatten(0, 1))
-        if cut:
+        if cut and not factor:
+            out[part].clamp_(0, 255)
+        elif cut:
             for channel, (scale, low) in enumerate(zip(factor, bias, strict=True)):
                 out[part, channel].clamp_(low, 255 * scale + low)
-            if not factor:
-                out[part].clamp_(0, 255)
     return out
 
 
@@ -354,16 +354,12 @@ class Augment:
             if self.operations:  # grouped by what is chosen on the CPU, so that a GPU need not be asked
                 levels = randaugment.levels(x if x.dtype == torch.uint8 else x.round()).expand(-1, 3, -1, -1)
                 x = randaugment.operate(levels, chosen["operation"], chosen["value"], self.fill)
-            x = self._normalise(x)
+            x = normalise(x, self.factor, self.bias, self.dtype)
         if "erase" in params:
             index = chosen["erase"][:, 2].nonzero()[:, 0].to(x.device, non_blocking=True)
             noise = self.noise[params["noise"][index]].view(-1, *x.shape[1:])
             x[index] = torch.where(inside(params["erase"][index], self.size), noise, x[index])
         return x
-
-    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Levels (b, 1 or 3, h, w) -> (b, 3, h, w) of `dtype`."""
-        return normalise(images, self.factor, self.bias, self.dtype)
 
 
 class Mix:
