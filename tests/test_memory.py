@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -55,6 +56,33 @@ def test_a_hundred_evaluations_grow_by_less_than_5_mb(tmp_path, more):
     grown = (max(sizes[10:]) - max(sizes[:10])) / 1e6
     print("resident memory after evaluations 1, 10, 60, 110, MB:", [round(sizes[i] / 1e6, 1) for i in (0, 9, 59, 109)])
     assert grown < 5, sizes
+
+
+FAULTS = """
+import resource, sys
+import torch
+from utils import dist_util
+if sys.argv[1] == "start":
+    dist_util.start("cpu")
+for i in range(20):
+    if i == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("more, stays", [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_kept_for_the_next_step(more, stays):
+    """Counted in page faults: a CPU's training keeps large blocks, unless the environment says otherwise."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | more
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=ROOT, env=env, text=True))
+        for how in ("plain", "start")
+    }
+    print("page faults of ten blocks of 64 MiB:", faults)
+    assert faults["plain"] > 100 and (faults["start"] < faults["plain"] / 10) == stays
 
 
 def test_the_limit_follows_free_memory(monkeypatch):

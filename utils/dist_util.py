@@ -1,6 +1,7 @@
 """Processes and devices: one process by default, several under torchrun."""
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -50,6 +51,20 @@ def _device(wanted: str, index: int) -> torch.device:
     return torch.device(wanted)
 
 
+def keep_memory() -> None:
+    """Have glibc keep what is freed for the next step, where a CPU trains; elsewhere and without glibc, do nothing.
+
+    By default blocks of 32 MiB and more go back to the system at once and come anew, page by page: with large
+    activations a quarter of a step's time. Settings of the user's environment stay.
+    """
+    if any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):
+        return
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(option, 2**31 - 1)
+
+
 def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -> Processes:
     """Choose the device, and join the process group if torchrun's environment is there.
 
@@ -62,16 +77,17 @@ def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -
         UserError: the device is not there.
     """
     world = world_size()
+    chosen = _device(device, gpu_id if world == 1 else int(os.environ["LOCAL_RANK"]))
+    if chosen.type == "cpu":
+        keep_memory()
     if world == 1:
-        return Processes(_device(device, gpu_id))
-    local_rank = int(os.environ["LOCAL_RANK"])
-    chosen = _device(device, local_rank)
+        return Processes(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, and old keys name the dead
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    return Processes(chosen, rank, local_rank, world)
+    return Processes(chosen, rank, int(os.environ["LOCAL_RANK"]), world)
 
 
 def stop() -> None:
