@@ -51,6 +51,38 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(x), "b d h w -> b (h w) d")
 
 
+class ConvStem(nn.Module):
+    """3x3 convolutions of stride 2, each with GroupNorm (one group) and GELU, in place of most of the patch embedding.
+
+    After 'Early Convolutions Help Transformers See Better' (Xiao et al. 2021, arXiv 2106.14881), with a norm that keeps
+    images apart. (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size); channels double up to dim on the way.
+    """
+
+    def __init__(self, channels: int, dim: int, patch_size: int):
+        super().__init__()
+        self.stride, self.out_channels = patch_size, dim
+        layers = []
+        for i in reversed(range(patch_size.bit_length() - 1)):
+            width = max(1, dim >> i)
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.GELU()]
+            channels = width
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class ConvPatchEmbed(PatchEmbed):
+    """Image (b, c, h, w) -> tokens (b, n, d): a conv stem, then a 1x1 convolution."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int):
+        super().__init__(dim, dim, 1)
+        self.stem = ConvStem(channels, dim, patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.stem(x))
+
+
 class DepthwisePatchEmbed(PatchEmbed):
     """The same through depthwise convolutions of strides patch / 4 and 4, then a 1x1 one; for the larger patches."""
 
@@ -170,6 +202,7 @@ class DEMS(nn.Module):
         dropout: after the embeddings and after both MLP layers.
         attn_drop: on the attention weights.
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
+        conv_stem: a `ConvStem` for the smaller two patches; patch_size is a power of 2.
 
     Raises:
         ValueError: sizes that don't divide, or merges that don't fit.
@@ -194,6 +227,7 @@ class DEMS(nn.Module):
         dropout: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
+        conv_stem: bool = False,
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -212,12 +246,15 @@ class DEMS(nn.Module):
         for before, num in zip((self.region, *merge_num), merge_num, strict=False):
             if not 1 <= num <= before:
                 raise ValueError(f"merge count {num} is not within 1 .. {before}, the tokens that a region has before")
+        if conv_stem and (patch_size == 1 or patch_size.bit_count() > 1):
+            raise ValueError(f"a conv stem needs patches of 2, 4, 8, ... pixels, not {patch_size}")
         self.image_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.regions = (self.grid[0] // 8, self.grid[1] // 8)
 
-        self.patch_embed = PatchEmbed(channels, dim, patch_size)
-        self.patch_embed_2 = PatchEmbed(channels, dim, 2 * patch_size)
+        embed = ConvPatchEmbed if conv_stem else PatchEmbed
+        self.patch_embed = embed(channels, dim, patch_size)
+        self.patch_embed_2 = embed(channels, dim, 2 * patch_size)
         self.patch_embed_4 = DepthwisePatchEmbed(channels, dim, 4 * patch_size)
         self.patch_embed_8 = DepthwisePatchEmbed(channels, dim, 8 * patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -107,7 +107,7 @@ FLAGS = [
     ("--model_type DEMS-Ti --patch_size 7 --merge_layer 1 2", "image size 28 is not divisible by 56, 8 x patch size 7"),
     ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64", "merge_num has 1 counts"),
     ("--model_type ViT-Ti_16 --img_size 28 --patch_size 7 --stem conv", "a conv stem needs patches of 2, 4, 8"),
-    ("--model_type DEMS-Ti --img_size 56 --stem conv", "a conv stem is made for plain ViT models with norm LN"),
+    ("--model_type MViT-Ti --stem conv", "a conv stem is made for ViT with norm LN and DEMS, not for MViT-Ti"),
     ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64 65", "merge count 65 is not within 1 .. 64"),
     ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 3", "don't rise within 1 .. 2, the depth"),
     ("--model_type MViT-Ti --img_sizes 10 28", "image size 10 is not divisible by patch size 7"),

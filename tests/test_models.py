@@ -25,6 +25,11 @@ KINDS = {
     "Rescale": ("ViT-Ti_16", "Rescale", TINY),
     "hybrid": ("R50-ViT-B_16", "LN", TINY | dict(image_size=32, patch_size=16, stem_depths=(2, 1, 1), stem_width=32)),
     "DEMS": ("DEMS-Ti", "LN", TINY | dict(patch_size=1, merge_num=(16, 8), merge_layer=(2, 3))),
+    "DEMS conv stem": (
+        "DEMS-Ti",
+        "LN",
+        TINY | dict(patch_size=2, merge_num=(16, 8), merge_layer=(2, 3), conv_stem=True),
+    ),
     "MViT": ("MViT-Ti", "LN", TINY | dict(image_sizes=(4, 8, 16))),
 }
 all_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -243,13 +248,19 @@ def test_oblong_images(kind):
 
 
 def test_default_dropout():
-    assert {kind: make(kind).dropout.p for kind in KINDS} == dict.fromkeys(KINDS, 0.1) | {"DEMS": 0.0, "MViT": 0.0}
+    assert {kind: make(kind).dropout.p for kind in KINDS} == dict.fromkeys(KINDS, 0.1) | dict.fromkeys(
+        ("DEMS", "DEMS conv stem", "MViT"), 0.0
+    )
 
 
 @all_kinds
 def test_no_weight_decay_names_exist(kind):
     model = make(kind)
-    expected = {"DEMS": set(), "MViT": {"cls_token", "pos_embed", "temporal_pos_embed", "attn_pool.latent"}}
+    expected = {
+        "DEMS": set(),
+        "DEMS conv stem": set(),
+        "MViT": {"cls_token", "pos_embed", "temporal_pos_embed", "attn_pool.latent"},
+    }
     assert model.no_weight_decay() == expected.get(kind, {"cls_token", "pos_embed"})
     assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
 
@@ -345,7 +356,9 @@ def test_attention_rows_sum_to_one(kind):
     x = images(model, batch=2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     maps = model.attention_maps(x)
-    tokens = {"hybrid": 1 + 2 * 2, "DEMS": 1 + 4 * 85, "MViT": 2 + 5 + 17}.get(kind, 1 + 4 * 4)
+    tokens = {"hybrid": 1 + 2 * 2, "DEMS": 1 + 4 * 85, "DEMS conv stem": 1 + 85, "MViT": 2 + 5 + 17}.get(
+        kind, 1 + 4 * 4
+    )
     assert maps.shape == (2, 3, 2, tokens, tokens)
     assert_close(maps.sum(dim=-1), torch.ones(2, 3, 2, tokens))
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -408,6 +421,7 @@ def test_dems_merges_inside_regions():
     "part,files",
     [
         ("drop_path", [rescale_vit, dems, mvit]),
+        ("ConvStem", [dems]),
         ("FeedForward", [rescale_vit, dems, mvit]),
         ("Attention", [rescale_vit]),
         ("Attention.split_heads", [rescale_vit, dems, mvit]),
@@ -447,7 +461,7 @@ def test_vit_names_are_timms():
 
 # --- messages ---
 
-CLASSES = {"ViT": ViT, "conv stem": ViT, "hybrid": ViT, "DEMS": DEMS, "MViT": MViT}
+CLASSES = {"ViT": ViT, "conv stem": ViT, "hybrid": ViT, "DEMS": DEMS, "DEMS conv stem": DEMS, "MViT": MViT}
 
 
 @pytest.mark.parametrize(
@@ -469,6 +483,7 @@ CLASSES = {"ViT": ViT, "conv stem": ViT, "hybrid": ViT, "DEMS": DEMS, "MViT": MV
         ("DEMS", dict(merge_layer=(3, 2)), "merge layers 3 2 don't rise within 1 .. 3, the depth"),
         ("DEMS", dict(merge_num=(86, 8)), "merge count 86 is not within 1 .. 85, the tokens that a region has before"),
         ("DEMS", dict(merge_num=(8, 16)), "merge count 16 is not within 1 .. 8, the tokens that a region has before"),
+        ("DEMS conv stem", dict(patch_size=1), "a conv stem needs patches of 2, 4, 8, ... pixels, not 1"),
         ("MViT", dict(image_sizes=(6, 16)), "image size 6 is not divisible by patch size 4"),
         ("MViT", dict(image_size=20, image_sizes=None), "image size 10 is not divisible by patch size 4"),
         ("MViT", dict(image_sizes=(16, 8)), "image sizes 16 8 don't rise to the image size, 16"),
@@ -498,10 +513,10 @@ def test_bad_sizes(kind, overrides, message):
         (
             ("ViT-B_16", "BN"),
             dict(conv_stem=True),
-            "a conv stem is made for plain ViT models with norm LN, not for ViT",
+            "a conv stem is made for ViT with norm LN and DEMS, not for ViT",
         ),
-        (("R50-ViT-B_16",), dict(conv_stem=True), "a conv stem is made for plain ViT models with norm LN, not for R50"),
-        (("MViT-Ti",), dict(conv_stem=True), "a conv stem is made for plain ViT models with norm LN, not for MViT"),
+        (("R50-ViT-B_16",), dict(conv_stem=True), "a conv stem is made for ViT with norm LN and DEMS, not for R50"),
+        (("MViT-Ti",), dict(conv_stem=True), "a conv stem is made for ViT with norm LN and DEMS, not for MViT"),
         (("ViT-B_16",), dict(conv_stem="conv"), "conv_stem 'conv' is neither True nor False"),
         (("ViT-B_16",), dict(merge_num=(8, 8)), "merge_num belongs to DEMS models, ViT-B_16 has none"),
     ],

@@ -61,7 +61,7 @@ def models(draw) -> dict:
         mlp_dim=draw(st.integers(1, 40)),
         dropout=0.0,
     )
-    if family == "ViT" and sizes["norm_type"] == "LN":
+    if family in ("ViT", "DEMS") and sizes["norm_type"] == "LN":
         sizes["conv_stem"] = draw(st.booleans())
     if family == "R50":
         sizes |= dict(stem_depths=(1, 1, 1), stem_width=32)

@@ -212,7 +212,7 @@ def train_parser(model_types, norm_types) -> Parser:
     g.add_argument("--norm_type", choices=norm_types, default="LN", help="[LN]")
     for name, text in (("patch_size", "pixels"), ("dim", "width"), ("depth", "blocks"), ("heads", "attention heads"), ("mlp_dim", "hidden width of the MLPs")):
         g.add_argument(f"--{name}", type=positive_int, default=None, help=f"{text}, instead of the model type's")
-    g.add_argument("--stem", choices=["none", "conv"], default=None, help="ViT with norm LN: conv puts 3x3 convolutions of stride 2 before the patch embedding; --patch_size is a power of 2 [none]")
+    g.add_argument("--stem", choices=["none", "conv"], default=None, help="ViT with norm LN, and DEMS: conv puts 3x3 convolutions of stride 2 before the patch embedding; --patch_size is a power of 2 [none]")
     g.add_argument("--merge_num", type=positive_int, nargs="+", default=None, help="DEMS: tokens that a region keeps at each merge [64 64 for Ti, 64 32 for S]")
     g.add_argument("--merge_layer", type=positive_int, nargs="+", default=None, help="DEMS: the blocks, counted from 1, that the merges come before [6 10]")
     g.add_argument("--img_sizes", type=positive_int, nargs="+", default=None, help="MViT: sides in pixels of the scales, the last is --img_size [half of it, and itself]")

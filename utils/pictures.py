@@ -336,16 +336,17 @@ def kernel_of(projection: nn.Conv2d | nn.Sequential) -> torch.Tensor:
 
 
 def patch_kernels(model: nn.Module, scales: list[Scale]) -> list[tuple[str, torch.Tensor]]:
-    """Name and kernels (d, c, p, p) of each patch embedding; the first convolution where a stem comes first."""
+    """Name and kernels (d, c, p, p) of each patch embedding; of the first convolution where a stem comes first."""
+    embeds, names = [model.patch_embed], ["patch embedding"]
     if hasattr(model, "regions"):
-        modules = (model.patch_embed, model.patch_embed_2, model.patch_embed_4, model.patch_embed_8)
-        return [(scale.name, kernel_of(module.proj)) for scale, module in zip(scales, modules, strict=True)]
-    stem = getattr(model.patch_embed, "stem", None)
-    if hasattr(stem, "root"):
-        return [("root convolution", stem.root.conv.weight)]
-    if hasattr(stem, "layers"):
-        return [("first convolution", stem.layers[0].weight)]
-    return [("patch embedding", model.patch_embed.proj.weight)]
+        embeds += [model.patch_embed_2, model.patch_embed_4, model.patch_embed_8]
+        names = [scale.name for scale in scales]
+    found = []
+    for name, embed in zip(names, embeds, strict=True):
+        stem = getattr(embed, "stem", nn.Identity())
+        first = next((module for module in stem.modules() if isinstance(module, nn.Conv2d)), None)
+        found.append((name, kernel_of(embed.proj)) if first is None else (f"{name}, first convolution", first.weight))
+    return found
 
 
 def principal_components(kernels: torch.Tensor, limit: int = FILTERS) -> tuple[torch.Tensor, float]:
