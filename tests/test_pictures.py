@@ -28,6 +28,7 @@ RUNS = {  # the flags that follow TINY's
     "ViT": [],
     "BN": ["--norm_type", "BN"],
     "Rescale": ["--norm_type", "Rescale"],
+    "stem": "--patch_size 4 --stem conv".split(),
     "DEMS": "--model_type DEMS-Ti --img_size 16 --patch_size 2 --merge_num 8 4 --merge_layer 1 2".split(),
     "MViT": "--model_type MViT-Ti --img_size 16 --patch_size 4 --img_sizes 8 16".split(),
 }
@@ -121,6 +122,30 @@ def test_similarity_is_the_cosine():
     half = math.sqrt(0.5)
     expected = [[1, 1, 0, -half], [1, 1, 0, -half], [0, 0, 1, half], [-half, -half, half, 1]]
     assert torch.allclose(pictures.similarity(table), torch.tensor(expected))
+
+
+def test_kernels_shown_are_of_what_comes_first():
+    hybrid = dict(patch_size=16, stem_depths=(1, 1, 1), stem_width=32)
+    dems = dict(merge_num=(8, 4), merge_layer=(1, 2))
+    for kind, sizes, expected in (
+        ("ViT-Ti_16", dict(patch_size=8), {"patch embedding": 8}),
+        ("ViT-Ti_16", dict(patch_size=8, conv_stem=True), {"patch embedding, first convolution": 3}),
+        ("R50-ViT-B_16", hybrid, {"patch embedding, first convolution": 7}),
+        ("DEMS-Ti", dems, {f"{side} px patches": side for side in (2, 4, 8, 16)}),
+        (
+            "DEMS-Ti",
+            dems | dict(conv_stem=True),
+            {
+                "2 px patches, first convolution": 3,
+                "4 px patches, first convolution": 3,
+                "8 px patches": 8,
+                "16 px patches": 16,
+            },
+        ),
+    ):
+        model = create_model(kind, image_size=32, num_classes=3, **SIZES, **sizes).eval()
+        found = pictures.patch_kernels(model, pictures.scales_of(model)[0])
+        assert {name: kernel.shape[-1] for name, kernel in found} == expected
 
 
 def test_kernel_of_dems_equals_its_three_convolutions():
