@@ -18,6 +18,7 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as T
 
+from utils import dist_util
 from utils.augment import Augment
 
 # timm asks for 0 bits now and then, which Pillow 13 refuses
@@ -111,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
-    device = torch.device(args.device)
+    device = dist_util.start(args.device).device
     images = torch.randint(
         0, 256, (args.batch, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

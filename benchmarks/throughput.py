@@ -150,6 +150,7 @@ def main() -> None:
 
     fed, held = (Run(args, processes, data, keep_head=False) for _ in range(2))
     fed.model.train(), held.model.train()
+    # as at the beginning of an endless training, where --aug dems is strongest
     batches = data_utils.train_batches(
         data.train, fed.augment, seed=args.seed, start=0, stop=10**9, batch_size=batch_size,
         ra=args.ra, mix=fed.mix, device=device, num_workers=args.num_workers,

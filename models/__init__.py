@@ -120,7 +120,7 @@ def model_sizes(model_type: str, norm_type: str = "LN", image_size: int | tuple[
         for word in sorted(words & overrides.keys()):
             if owner != family:
                 raise ValueError(f"{word} belongs to {owner} models, {model_type} has none")
-    if overrides.get("conv_stem") and (family not in ("ViT", "DEMS") or norm_type != "LN"):
+    if "conv_stem" in overrides and (family not in ("ViT", "DEMS") or norm_type != "LN"):
         raise ValueError(f"a conv stem is made for ViT with norm LN and DEMS, not for {model_type} with {norm_type}")
     sizes = MODELS[model_type] | overrides
     _check_numbers(sizes | dict(image_size=image_size, image_sizes=sizes.get("image_sizes") or ()))

@@ -209,14 +209,17 @@ def test_crop_as_torchvision(size, interpolation):
 
 
 @pytest.mark.parametrize("interpolation", ("bilinear", "bicubic"))
-def test_weights_from_the_table_are_those_computed(interpolation, monkeypatch):
-    start, length = torch.tensor([(s, n) for n in range(1, 14) for s in range(14 - n)]).unbind(1)
+@pytest.mark.parametrize("in_size, out_size", [(13, 9), (16, 40), (33, 16)])
+def test_weights_from_the_table_are_those_computed(in_size, out_size, interpolation):
+    """Whole pixels are looked up, others, which streamed images have, computed."""
+    every = [(start, length) for length in range(1, in_size + 1) for start in range(in_size + 1 - length)]
+    start, length = torch.tensor(every).unbind(1)
     for mirrored in (None, torch.zeros_like(start, dtype=torch.bool), start % 2 == 0):
-        arguments = (start, length, mirrored, 13, 9, interpolation, torch.bfloat16)
-        looked_up = line_weights(*arguments)
-        with monkeypatch.context() as patch:
-            patch.setattr("utils.augment.TABLE", 0)
-            assert torch.equal(line_weights(*arguments), looked_up)
+        arguments = (mirrored, in_size, out_size, interpolation, torch.bfloat16)
+        looked_up = line_weights(start, length, *arguments)
+        assert torch.equal(looked_up, line_weights(start.float(), length.float(), *arguments))
+    part = line_weights(start[:1] + 0.25, length[:1] - 0.5, None, in_size, out_size, interpolation, torch.float32)
+    assert part.shape == (1, out_size, in_size)
 
 
 @pytest.mark.parametrize("size", (20, 45))
@@ -261,7 +264,8 @@ def test_pad_as_a_loop(clothes):
     offsets = torch.randint(0, 9, (len(clothes), 2), generator=seeded())
     offsets[:2] = torch.tensor([[0, 0], [8, 8]])
     flips = torch.rand(len(clothes), generator=seeded()) < 0.5
-    for images in (clothes, clothes[:, :1], clothes[..., :9]):
+    lasting = clothes.contiguous(memory_format=torch.channels_last)
+    for images in (clothes, clothes[:, :1], clothes[..., :9], lasting):
         h, w = images.shape[2:]
         actual = zip(shift(images, offsets, 4), shift(images, offsets, 4, flips), strict=True)
         for image, (top, left), flip, (plain, flipped) in zip(images, offsets.tolist(), flips, actual, strict=True):

@@ -517,6 +517,7 @@ def test_bad_sizes(kind, overrides, message):
         ),
         (("R50-ViT-B_16",), dict(conv_stem=True), "a conv stem is made for ViT with norm LN and DEMS, not for R50"),
         (("MViT-Ti",), dict(conv_stem=True), "a conv stem is made for ViT with norm LN and DEMS, not for MViT"),
+        (("MViT-Ti",), dict(conv_stem=False), "a conv stem is made for ViT with norm LN and DEMS, not for MViT"),
         (("ViT-B_16",), dict(conv_stem="conv"), "conv_stem 'conv' is neither True nor False"),
         (("ViT-B_16",), dict(merge_num=(8, 8)), "merge_num belongs to DEMS models, ViT-B_16 has none"),
     ],
@@ -533,6 +534,11 @@ def test_images_of_another_size(kind):
     height = model.image_size[0]
     with pytest.raises(ValueError, match=f"the image is {2 * height}x{height}, the model expects"):
         model(torch.zeros(1, 3, 2 * height, height))
+
+
+def test_two_stems_in_class():
+    with pytest.raises(ValueError, match="stem_depths and conv_stem ask for two stems"):
+        ViT(**KINDS["hybrid"][2], conv_stem=True)
 
 
 def test_unknown_norm_in_class():

@@ -34,10 +34,11 @@ def _draw_boxes(
     height, width = (side.double()[:, None] for side in sizes.unbind(1))
     b, tries = len(sizes), 10
     area = height * width * torch.empty(b, tries, dtype=torch.float64).uniform_(*scale, generator=generator)
-    ratio = torch.empty(b, tries, dtype=torch.float64).uniform_(*map(math.log, ratio), generator=generator).exp_()
+    log_ratio = torch.empty(b, tries, dtype=torch.float64).uniform_(*map(math.log, ratio), generator=generator)
+    drawn = log_ratio.exp_()
     corner = torch.rand(b, 2, dtype=torch.float64, generator=generator)
-    w = (area * ratio).sqrt_().round_()
-    h = (area / ratio).sqrt_().round_()
+    w = (area * drawn).sqrt_().round_()
+    h = (area / drawn).sqrt_().round_()
     fits = (w > 0) & (w <= width - room) & (h > 0) & (h <= height - room)
     first = fits.int().argmax(dim=1, keepdim=True)
     h, w = h.gather(1, first), w.gather(1, first)
@@ -129,15 +130,16 @@ def line_weights(
     interpolation: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`resize_weights` of whole pixels, (b, out_size, in_size) of `dtype`, in reverse where `mirrored`."""
-    intervals = in_size * (in_size + 1) // 2
-    if 2 * intervals * out_size * in_size * dtype.itemsize > TABLE:
+    """`resize_weights`, (b, out_size, in_size) of `dtype`, in reverse where `mirrored`; looked up for whole pixels."""
+    side = -(-in_size // 16) * 16  # few tables do for batches of many sizes
+    intervals = side * (side + 1) // 2
+    if start.is_floating_point() or 2 * intervals * out_size * side * dtype.itemsize > TABLE:
         weights = resize_weights(start, length, in_size, out_size, interpolation).to(dtype)
         return weights if mirrored is None else torch.where(mirrored[:, None, None], weights.flip(1), weights)
-    place = (length - 1) * (2 * in_size + 2 - length) // 2 + start
+    place = (length - 1) * (2 * side + 2 - length) // 2 + start
     if mirrored is not None:
         place = place + intervals * mirrored
-    return _weight_table(in_size, out_size, interpolation, dtype, start.device).index_select(0, place)
+    return _weight_table(side, out_size, interpolation, dtype, start.device).index_select(0, place)[..., :in_size]
 
 
 def crop_flip_resize(
@@ -155,7 +157,7 @@ def crop_flip_resize(
 
     Args:
         images: (b, 1 or c, h, w), 0..255.
-        boxes: (b, 4) int64 top, left, height, width.
+        boxes: (b, 4) top, left, height, width; not always whole.
         flips: (b,) bool, or None.
         factor, bias: c each: a level becomes level * factor + bias. Factors are positive. Without them levels stay.
         dtype: of the result, and of the products.
@@ -190,8 +192,9 @@ def normalise(images: torch.Tensor, factor: Sequence[float], bias: Sequence[floa
     """level * factor + bias for each channel: (b, 1 or c, h, w) levels -> (b, c, h, w) of `dtype`."""
     out = torch.empty(len(images), len(factor), *images.shape[2:], dtype=dtype, device=images.device)
     images = images.expand_as(out)
-    for channel, (scale, low) in enumerate(zip(factor, bias, strict=True)):
-        torch.add(torch.tensor(low), images[:, channel], alpha=scale, out=out[:, channel])
+    for part in parts(out):
+        for channel, (scale, low) in enumerate(zip(factor, bias, strict=True)):
+            torch.add(torch.tensor(low), images[part, channel], alpha=scale, out=out[part, channel])
     return out
 
 
@@ -199,7 +202,7 @@ def parts(images: torch.Tensor) -> list[slice]:
     """Slices of a batch: on a CPU, so many images as its cache holds (a fifth faster than 1,024 of 32 px at once)."""
     step = len(images)
     if images.device.type == "cpu":
-        step = max(1, CACHE // (images[0].numel() * images.element_size()))
+        step = max(1, CACHE // (images.shape[1:].numel() * images.element_size()))
     return [slice(i, i + step) for i in range(0, len(images), max(1, step))]
 
 
@@ -210,7 +213,7 @@ def shift(images: torch.Tensor, offsets: torch.Tensor, pad: int, flips: torch.Te
     """
     b, c, h, w = images.shape
     high, wide = h + 2 * pad, w + 2 * pad
-    padded = F.pad(images, (pad, pad, pad, pad))
+    padded = F.pad(images, (pad, pad, pad, pad)).contiguous()
     row, column = offsets.unbind(1)
     start = torch.arange(b, device=images.device) * (c * high * wide) + row * wide
     if flips is not None:
@@ -352,8 +355,8 @@ class Augment:
             if self.rotation:
                 x = rotate(x.float(), params["angle"])
             if self.operations:  # grouped by what is chosen on the CPU, so that a GPU need not be asked
-                levels = randaugment.levels(x if x.dtype == torch.uint8 else x.round()).expand(-1, 3, -1, -1)
-                x = randaugment.operate(levels, chosen["operation"], chosen["value"], self.fill)
+                x = (x if x.dtype == torch.uint8 else randaugment.levels(x.round())).expand(-1, 3, -1, -1)
+                x = randaugment.operate(x, chosen["operation"], chosen["value"], self.fill)
             x = normalise(x, self.factor, self.bias, self.dtype)
         if "erase" in params:
             index = chosen["erase"][:, 2].nonzero()[:, 0].to(x.device, non_blocking=True)

@@ -52,21 +52,25 @@ def _device(wanted: str, index: int) -> torch.device:
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed for the next step, where a CPU trains; elsewhere and without glibc, do nothing.
+    """Have glibc keep what is freed for the next step; called where a CPU computes. Other C libraries ignore it.
 
     By default blocks of 32 MiB and more go back to the system at once and come anew, page by page: with large
-    activations a quarter of a step's time. Settings of the user's environment stay.
+    activations a quarter of a step's time. The process then stays as large as it has ever been. What the environment
+    says about these two thresholds stays.
     """
-    if any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):
+    if os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}:
         return
+    trim, mmap, most = -1, -3, 2**31 - 1  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     with contextlib.suppress(OSError, TypeError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(option, 2**31 - 1)
+        if mallopt(mmap, most) or mallopt(
+            mmap, 2**25
+        ):  # the older glibc's largest; with trim alone it would be 128 KiB
+            mallopt(trim, most)
 
 
 def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -> Processes:
-    """Choose the device, and join the process group if torchrun's environment is there.
+    """Choose the device, and join the process group if torchrun's environment is there; on a CPU, `keep_memory`.
 
     Args:
         device: 'auto', 'cpu', 'cuda' or 'mps'.

@@ -279,6 +279,7 @@ def parse_train_args(argv: list[str] | None, model_types, norm_types, check_size
         check_sizes(**model_config(args))
     except ValueError as error:
         parser.error(str(error))
+    args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
     args.fp16 = args.fp16 and args.fp16_opt_level != "O0"
     if (args.learning_rate, args.blr) == (None, None):
         args.learning_rate = 0.03 if args.opt == "sgd" else 0.001

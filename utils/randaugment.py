@@ -93,7 +93,7 @@ def hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     angle = torch.where(green == high, 2 + (blue - red) / part, 4 + (red - green) / part)
     angle = torch.where(red == high, (green - blue) / part, angle) + 6 * turn  # in sixths of a circle
     k = torch.cat([(angle + offset) % 6 for offset in (5, 3, 1)], dim=1)
-    return (high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1) + 0.5).byte()
+    return levels(high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1) + 0.5)
 
 
 COLOUR = {

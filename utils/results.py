@@ -392,7 +392,9 @@ def csv_text(found: dict[tuple[str, str], list[Row]]) -> str:
 # ---------------------------------------------------------------- time
 
 
-COST = "model_type img_size train_batch_size gradient_accumulation_steps fp16 bf16 patch_size dim depth heads mlp_dim"
+COST = (
+    "model_type img_size train_batch_size gradient_accumulation_steps fp16 bf16 patch_size dim depth heads mlp_dim stem"
+)
 
 
 def time_like(runs: list[Run], settings: dict) -> tuple[float, Run] | None:
