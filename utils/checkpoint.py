@@ -388,7 +388,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, keep_head: bool = Tr
                 raise UserError(f"{path}: {error}") from None
         else:
             shapes = f"{tuple(value.shape)} in the file, {tuple(tensor.shape)} in the model"
-            raise UserError(f"{path}: {name} is {shapes}; another --model_type, --patch_size or size?")
+            raise UserError(f"{path}: {name} is {shapes}; another --model_type, --patch_size, --stem or size?")
     if any(name.startswith("head.") for name in report.reinitialised):
         _zero_head(target)
     report.ignored += state
