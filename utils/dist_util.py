@@ -55,7 +55,7 @@ def keep_memory() -> None:
     """Have glibc keep what is freed for the next step; called where a CPU computes. Other C libraries ignore it.
 
     By default blocks of 32 MiB and more go back to the system at once and come anew, page by page: with large
-    activations a quarter of a step's time. The process then stays as large as it has ever been. What the environment
+    activations a seventh of a step's time. The process then stays as large as it has ever been. What the environment
     says about these two thresholds stays.
     """
     if os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}:
