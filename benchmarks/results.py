@@ -23,7 +23,7 @@ from common import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
-SEEDS = {"fast": (1, 2, 3), "ablation": (1, 2), "models": (1, 2, 3), "norms": (1, 2, 3)}
+SEEDS = {"fast": (1, 2, 3), "ablation": (1, 2, 3), "models": (1, 2, 3), "norms": (1, 2, 3)}
 
 COMMON = "--dataset fashionmnist --bf16 --dropout 0 --weight_decay 0.05 --aug flip"
 EQUAL = f"{COMMON} --opt adamw --lr 1e-3 --train_batch_size 100 --num_steps 3000 --warmup_steps 300 --eval_every 1000"
