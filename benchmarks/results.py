@@ -23,7 +23,7 @@ from common import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
-SEEDS = {"fast": (1, 2, 3), "ablation": (1, 2, 3), "models": (1, 2, 3), "norms": (1, 2, 3)}
+SEEDS = (1, 2, 3)
 
 COMMON = "--dataset fashionmnist --bf16 --dropout 0 --weight_decay 0.05 --aug flip"
 EQUAL = f"{COMMON} --opt adamw --lr 1e-3 --train_batch_size 100 --num_steps 3000 --warmup_steps 300 --eval_every 1000"
@@ -111,7 +111,7 @@ def spread(values: list[float]) -> str:
 
 
 def table(group: str) -> None:
-    rows = {row: [records(path) for seed in SEEDS[group] if (path := find(group, row, seed))] for row in GROUPS[group]}
+    rows = {row: [records(path) for seed in SEEDS if (path := find(group, row, seed))] for row in GROUPS[group]}
     rows = {row: runs for row, runs in rows.items() if runs}
     if not rows:
         return
@@ -147,7 +147,7 @@ def main() -> None:
         for row in GROUPS[group]:
             print("python " + " ".join(command(group, row, "1")))
     folder = args.output_dir.resolve()
-    cells = [(group, row, seed) for group in args.run for seed in args.seeds or SEEDS[group] for row in GROUPS[group]]
+    cells = [(group, row, seed) for group in args.run for seed in args.seeds or SEEDS for row in GROUPS[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda cell: run(*cell, args.data_dir, folder), cells))
     if not args.commands:

@@ -18,16 +18,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from models import MODELS, NORM_TYPES
 from utils import data_utils, options, randaugment, readers
-from utils.augment import (
-    ERASED_AREA,
-    Augment,
-    Mix,
-    crop_flip_resize,
-    line_weights,
-    random_resized_boxes,
-    rotate,
-    shift,
-)
+from utils.augment import ERASED_AREA, Augment, Mix, random_resized_boxes
+from utils.resample import crop_flip_resize, line_weights, rotate, shift
 
 MEAN, STD = options.NORMALIZE["cifar"]
 FILL = (124, 116, 104)

@@ -21,11 +21,12 @@ from models.mvit import MViT
 from models.rescale_vit import RescaleViT
 from models.vit import ViT
 from utils import options
-from utils.augment import Augment, Mix, crop_flip_resize, resize_weights
+from utils.augment import Augment, Mix
 from utils.checkpoint import load_weights, resize_pos_embed
 from utils.data_utils import batch_index, eval_batches, train_batches
 from utils.log_util import RunLog
 from utils.readers import ImageSet, Ragged, Uniform
+from utils.resample import crop_flip_resize, resize_weights
 from utils.scheduler import learning_rate
 
 CPU = torch.device("cpu")

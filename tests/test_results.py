@@ -12,7 +12,7 @@ from utils import options
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import results  # noqa: E402
 
-CELLS = [(group, row, seed) for group, rows in results.GROUPS.items() for row in rows for seed in results.SEEDS[group]]
+CELLS = [(group, row, seed) for group, rows in results.GROUPS.items() for row in rows for seed in results.SEEDS]
 
 
 @pytest.mark.parametrize("group, row, seed", CELLS)

@@ -1,14 +1,10 @@
 """Batched augmentation on the device: uint8 images in, normalised float images out, every image its own parameters.
 
 What is random is drawn on the CPU from a generator that the caller seeds with (seed, step), so that the same images
-come out on any device and for any number of processes. A crop, a flip and the resize are one pair of matrix products
-an image: `rows @ image @ columns^T`, where a row of `rows` holds the antialiased weights of one output line; for small
-images the weights of every possible box are looked up.
+come out on any device and for any number of processes. What is done to pixels is in resample.py and randaugment.py.
 """
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,9 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from utils import randaugment
+from utils.resample import crop_flip_resize, normalise, rotate, shift
 
-CACHE = 2**22  # bytes of results that a CPU works on at a time
-TABLE = 2**25  # bytes of a table of weights at most: 32 -> 224 px takes 15 MB in bfloat16
 RATIO = (3 / 4, 4 / 3)  # width / height of random crops
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's RandomErasing
 
@@ -72,167 +67,6 @@ def central_boxes(sizes: torch.Tensor, crop_pct: float) -> torch.Tensor:
         return whole
     side = (sizes.min(dim=1, keepdim=True).values * crop_pct).round().long().clamp(min=1).expand(-1, 2)
     return torch.cat([(sizes - side) // 2, side], dim=1)
-
-
-def _filter(x: torch.Tensor, interpolation: str) -> torch.Tensor:
-    """The triangle (bilinear), or Keys' cubic with a = -1/2 that Pillow and torchvision's antialiased resize use."""
-    x = x.abs()
-    near = (1 - x).clamp_(min=0)
-    if interpolation == "bilinear":
-        return near
-    far = (2 - x).clamp_(min=0)  # the cubic as a spline with knots at 1 and 2: no branches
-    return (0.5 * far - 0.5).mul_(far).mul_(far) + (1 - 2 * near).mul_(near).mul_(near)
-
-
-def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_size: int, interpolation: str):
-    """Weights that resample the interval [start, start + length) of a line to `out_size` pixels, antialiased.
-
-    Args:
-        start, length: (b,) in pixels, inside the line; not always whole.
-        in_size: pixels of the line.
-        out_size: pixels wanted.
-        interpolation: 'bilinear' or 'bicubic'.
-
-    Returns:
-        (b, out_size, in_size) float32, rows that sum to 1 and are zero outside the interval.
-    """
-    start, length = start[:, None, None], length[:, None, None]
-    scale = length.float() / out_size
-    stretch = scale.clamp(min=1)
-    reach = 1 if interpolation == "bilinear" else 2
-    centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale  # (b, out, 1)
-    count = math.ceil(2 * reach * max(1, in_size / out_size)) + 1  # pixels that a filter can touch, and more
-    pixel = (centre - reach * stretch).floor() + torch.arange(count, device=start.device)
-    weights = _filter((pixel + 0.5 - centre).div_(stretch), interpolation)
-    weights *= (pixel >= start) & (pixel < start + length)
-    weights.div_(weights.sum(dim=-1, keepdim=True))
-    whole = weights.new_zeros(len(start), out_size, in_size)  # sums below are of one number and zeros, thus exact
-    return whole.scatter_add_(2, pixel.clamp_(0, in_size - 1).long(), weights)
-
-
-@lru_cache(maxsize=4)
-def _weight_table(
-    in_size: int, out_size: int, interpolation: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Weights of every interval of whole pixels, the shortest first, and then of the same mirrored."""
-    intervals = [(start, length) for length in range(1, in_size + 1) for start in range(in_size + 1 - length)]
-    start, length = torch.tensor(intervals, device=device).unbind(1)
-    weights = resize_weights(start, length, in_size, out_size, interpolation).to(dtype)
-    return torch.cat([weights, weights.flip(1)])
-
-
-def line_weights(
-    start: torch.Tensor,
-    length: torch.Tensor,
-    mirrored: torch.Tensor | None,
-    in_size: int,
-    out_size: int,
-    interpolation: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """`resize_weights`, (b, out_size, in_size) of `dtype`, in reverse where `mirrored`; looked up for whole pixels."""
-    side = -(-in_size // 16) * 16  # few tables do for batches of many sizes
-    intervals = side * (side + 1) // 2
-    if start.is_floating_point() or 2 * intervals * out_size * side * dtype.itemsize > TABLE:
-        weights = resize_weights(start, length, in_size, out_size, interpolation).to(dtype)
-        return weights if mirrored is None else torch.where(mirrored[:, None, None], weights.flip(1), weights)
-    place = (length - 1) * (2 * side + 2 - length) // 2 + start
-    if mirrored is not None:
-        place = place + intervals * mirrored
-    return _weight_table(side, out_size, interpolation, dtype, start.device).index_select(0, place)[..., :in_size]
-
-
-def crop_flip_resize(
-    images: torch.Tensor,
-    boxes: torch.Tensor,
-    flips: torch.Tensor | None,
-    size: int,
-    interpolation: str,
-    *,
-    factor: Sequence[float] = (),
-    bias: Sequence[float] = (),
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Cut each image's box, mirror it where `flips`, resize it to `size` x `size`, antialiased, and normalise it.
-
-    Args:
-        images: (b, 1 or c, h, w), 0..255.
-        boxes: (b, 4) top, left, height, width; not always whole.
-        flips: (b,) bool, or None.
-        factor, bias: c each: a level becomes level * factor + bias. Factors are positive. Without them levels stay.
-        dtype: of the result, and of the products.
-
-    Returns:
-        (b, c, size, size) of `dtype`; bicubic overshoots beyond levels 0 and 255 are cut off.
-    """
-    top, left, height, width = boxes.unbind(1)
-    rows = line_weights(top, height, None, images.shape[2], size, interpolation, dtype)
-    columns = line_weights(left, width, flips, images.shape[3], size, interpolation, dtype)
-    cut = interpolation == "bicubic"  # it overshoots; Pillow cuts off after each pass
-    channels = len(factor) or images.shape[1]
-    out = torch.empty(len(images), channels, size, size, dtype=dtype, device=images.device)
-    for part in parts(out):
-        x = rearrange(images[part].to(dtype), "b c h w -> b (c h) w") @ columns[part].mT
-        if cut:
-            x.clamp_(0, 255)
-        x = rearrange(x, "b (c h) o -> b c h o", h=images.shape[2])
-        if factor:  # between the two passes, where pixels are few: weights sum to 1, so it comes to the same
-            x = normalise(x, factor, bias, dtype)
-        each = rows[part, None].expand(-1, channels, -1, -1)
-        torch.bmm(each.flatten(0, 1), x.flatten(0, 1), out=out[part].flatten(0, 1))
-        if cut and not factor:
-            out[part].clamp_(0, 255)
-        elif cut:
-            for channel, (scale, low) in enumerate(zip(factor, bias, strict=True)):
-                out[part, channel].clamp_(low, 255 * scale + low)
-    return out
-
-
-def normalise(images: torch.Tensor, factor: Sequence[float], bias: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """level * factor + bias for each channel: (b, 1 or c, h, w) levels -> (b, c, h, w) of `dtype`."""
-    out = torch.empty(len(images), len(factor), *images.shape[2:], dtype=dtype, device=images.device)
-    images = images.expand_as(out)
-    for part in parts(out):
-        for channel, (scale, low) in enumerate(zip(factor, bias, strict=True)):
-            torch.add(torch.tensor(low), images[part, channel], alpha=scale, out=out[part, channel])
-    return out
-
-
-def parts(images: torch.Tensor) -> list[slice]:
-    """Slices of a batch: on a CPU, so many images as its cache holds (a fifth faster than 1,024 of 32 px at once)."""
-    step = len(images)
-    if images.device.type == "cpu":
-        step = max(1, CACHE // (images.shape[1:].numel() * images.element_size()))
-    return [slice(i, i + step) for i in range(0, len(images), max(1, step))]
-
-
-def shift(images: torch.Tensor, offsets: torch.Tensor, pad: int, flips: torch.Tensor | None = None) -> torch.Tensor:
-    """Pad with black by `pad` pixels, cut the native size back out at each image's (row, column), mirror where `flips`.
-
-    A line of the result is a run of pixels in memory: of the padded images, or of these mirrored.
-    """
-    b, c, h, w = images.shape
-    high, wide = h + 2 * pad, w + 2 * pad
-    padded = F.pad(images, (pad, pad, pad, pad)).contiguous()
-    row, column = offsets.unbind(1)
-    start = torch.arange(b, device=images.device) * (c * high * wide) + row * wide
-    if flips is not None:
-        column = torch.where(flips, padded.numel() + 2 * pad - column, column)
-        padded = torch.stack([padded, padded.flip(-1)])
-    channel = torch.arange(c, device=images.device)[:, None] * (high * wide)
-    line = torch.arange(h, device=images.device) * wide
-    starts = (start + column)[:, None, None] + channel + line
-    runs = padded.view(-1).unfold(0, w, 1)  # one from each pixel on, a view
-    return runs.index_select(0, starts.flatten()).view(images.shape)
-
-
-def rotate(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
-    """Turn square images (b, c, s, s) float around their centres, bilinear; what comes in from outside is mirrored."""
-    place = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
-    cos, sin = (each[:, None, None] for each in (torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()))
-    x, y = place, place[:, None]
-    grid = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def inside(boxes: torch.Tensor, size: int) -> torch.Tensor:

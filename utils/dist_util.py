@@ -63,9 +63,8 @@ def keep_memory() -> None:
     trim, mmap, most = -1, -3, 2**31 - 1  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     with contextlib.suppress(OSError, TypeError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(mmap, most) or mallopt(
-            mmap, 2**25
-        ):  # the older glibc's largest; with trim alone it would be 128 KiB
+        # older versions allow 32 MiB at most; the second threshold alone would leave the first at 128 KiB
+        if mallopt(mmap, most) or mallopt(mmap, 2**25):
             mallopt(trim, most)
 
 
@@ -81,7 +80,8 @@ def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -
         UserError: the device is not there.
     """
     world = world_size()
-    chosen = _device(device, gpu_id if world == 1 else int(os.environ["LOCAL_RANK"]))
+    local_rank = int(os.environ["LOCAL_RANK"]) if world > 1 else 0
+    chosen = _device(device, local_rank if world > 1 else gpu_id)
     if chosen.type == "cpu":
         keep_memory()
     if world == 1:
@@ -91,7 +91,7 @@ def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, and old keys name the dead
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    return Processes(chosen, rank, int(os.environ["LOCAL_RANK"]), world)
+    return Processes(chosen, rank, local_rank, world)
 
 
 def stop() -> None:
