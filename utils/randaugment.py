@@ -5,6 +5,8 @@ levels (hue: torchvision's on tensors). The images of a batch are grouped by ope
 pass; the groups are formed on the CPU, where the operations were drawn, so a GPU is never waited for.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -118,7 +120,18 @@ NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 
 def cubic_weights(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Weights of the four pixels around a place, t in 0..1 behind the second; a = -1, as in Pillow's transforms."""
-    return t * (t * (2 - t) - 1), t * t * (t - 2) + 1, t * (t * (1 - t) + 1), t * t * (t - 1)
+    u = 1 - t
+    outer, inner = -t * u, 1 + t * u
+    return outer * u, inner * u, inner * t, outer * t
+
+
+def weighted_sum(pixels: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Sum of pixels[k] * weights[k]."""
+    (first, weight), *others = zip(pixels, weights, strict=True)
+    out = first * weight
+    for each, weight in others:
+        out.addcmul_(each, weight)
+    return out
 
 
 def as_levels(x: torch.Tensor) -> torch.Tensor:
@@ -140,8 +153,7 @@ def slide(images: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, fill:
     whole = moved.floor()
     pixels = (column + whole[..., None].long()).clamp_(0, w - 1)
     taken = images.gather(3, pixels[:, None].expand(-1, c, -1, -1)).float()
-    weights = cubic_weights((moved - whole)[:, None, :, None])
-    out = sum(taken[..., k : k + w] * weight for k, weight in enumerate(weights))
+    out = weighted_sum((taken[..., k : k + w] for k in range(4)), cubic_weights((moved - whole)[:, None, :, None]))
     place = column[1:-2] + 0.5 + moved[..., None]
     inside = (place >= 0) & (place < w)
     return filled(as_levels(out), inside, fill)
@@ -154,19 +166,20 @@ def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> t
     y = x[:, None]
     angle = torch.deg2rad(degrees)[:, None, None]
     cos, sin = angle.cos(), angle.sin()
-    x, y = cos * x - sin * y + s / 2, sin * x + cos * y + s / 2  # (n, s, s)
-    inside = (x >= 0) & (x < s) & (y >= 0) & (y < s)
-    x, y = x.clamp_(0, s).sub_(0.5), y.clamp_(0, s).sub_(0.5)
-    left, top = x.floor(), y.floor()
-    across, down = (cubic_weights(rearrange(t, "n h w -> n 1 (h w)")) for t in (x - left, y - top))
+    place = torch.stack([cos * x - sin * y, sin * x + cos * y]).add_(s / 2)  # (2, n, s, s), x first
+    inside = ((place >= 0) & (place < s)).all(dim=0)
+    place = place.clamp_(0, s).sub_(0.5)
+    left, top = corner = place.floor()
+    weights = cubic_weights(rearrange(place - corner, "xy n h w -> xy n 1 (h w)"))
+    across, down = zip(*weights, strict=True)
 
     # with a border of 2, the 4 x 4 pixels around any place lie at the same distances from the first of them
     padded = F.pad(images.float(), (2, 2, 2, 2), mode="replicate").flatten(2)
     first = rearrange((top + 1) * (s + 4) + left + 1, "n h w -> n 1 (h w)").long().expand(-1, c, -1)
-    out = 0
-    for i, weight in enumerate(down):
-        rows = (padded[..., i * (s + 4) + j :] for j in range(4))
-        out = out + weight * sum(row.gather(2, first) * w for row, w in zip(rows, across, strict=True))
+    lines = (
+        weighted_sum((padded[..., i * (s + 4) + j :].gather(2, first) for j in range(4)), across) for i in range(4)
+    )
+    out = weighted_sum(lines, down)
     return filled(as_levels(out).view_as(images), inside, fill)
 
 
