@@ -162,6 +162,38 @@ def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device
         yield augment(images.to(device, non_blocking=True), params), data.labels[index].to(device, non_blocking=True)
 
 
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _beside(batches: Iterator, device: torch.device) -> Iterator:
+    """On CUDA, make each batch on a stream of its own while the step before it runs; elsewhere as it is.
+
+    What a step reads must not be written over before it is done. So a batch is kept until a later point of the stream
+    waits for its step: memory then goes to the batch after the next.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    in_use = None  # a batch, and where its step ends
+    side.wait_stream(main)  # for what batches are made from
+    try:
+        while True:
+            with torch.cuda.stream(side):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            main.wait_stream(side)
+            yield batch
+            if in_use:
+                side.wait_event(in_use[1])
+            in_use = batch, main.record_event()
+    finally:
+        side.wait_stream(main)
+
+
 def train_batches(
     data: ImageSet,
     augment: Augment,
@@ -202,7 +234,9 @@ def train_batches(
                 yield index[part], {name: value[part] for name, value in params.items()}
 
     batches = _load(data, plan(), augment, device, num_workers)
-    return _mixed(batches, mix, augment.size, seed, start, accumulation) if mix else batches
+    if mix:
+        batches = _mixed(batches, mix, augment.size, seed, start, accumulation)
+    return _beside(batches, device)
 
 
 def _mixed(batches: Iterator, mix: Mix, size: int, seed: int, start: int, accumulation: int) -> Iterator:
@@ -230,7 +264,7 @@ def eval_batches(
             if len(index):  # there may be more processes than images
                 yield index, augment.draw(sizes[index])
 
-    return _load(data, plan(), augment, device, num_workers)
+    return _beside(_load(data, plan(), augment, device, num_workers), device)
 
 
 def load_data(args, *, train: bool = True, classes: list[str] | None = None) -> Data:

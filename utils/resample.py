@@ -59,7 +59,7 @@ def _weight_table(
 ) -> torch.Tensor:
     """Weights of every interval of whole pixels, the shortest first, and then of the same mirrored."""
     intervals = [(start, length) for length in range(1, in_size + 1) for start in range(in_size + 1 - length)]
-    start, length = torch.tensor(intervals, device=device).unbind(1)
+    start, length = torch.tensor(intervals).to(device, non_blocking=True).unbind(1)
     weights = resize_weights(start, length, in_size, out_size, interpolation).to(dtype)
     return torch.cat([weights, weights.flip(1)])
 
