@@ -27,8 +27,14 @@ ImageOps.posterize = lambda image, bits: posterize(image, max(1, bits))
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
 BICUBIC = T.InterpolationMode.BICUBIC
-TIMM = dict(is_training=True, interpolation="bicubic", mean=MEAN, std=STD, color_jitter=None)
+TIMM_STRONG = dict(scale=(0.8, 1), auto_augment="rand-m9-mstd0.5-inc1")  # as --aug strong
 TENSOR = [T.ToTensor(), T.Normalize(MEAN, STD)]
+
+
+def timm_transform(size: int, mean: list[float] = MEAN, std: list[float] = STD, **words) -> T.Compose:
+    return create_transform(
+        size, is_training=True, interpolation="bicubic", mean=mean, std=std, color_jitter=None, re_mode="pixel", **words
+    )
 
 
 def cases() -> dict[str, tuple[int, dict, object]]:
@@ -45,19 +51,17 @@ def cases() -> dict[str, tuple[int, dict, object]]:
         "strong: crop, flip, RandAugment, normalise, erase; 32 px; timm": (
             32,
             strong | dict(operations="randaugment", reprob=0.1),
-            create_transform(
-                32, scale=(0.8, 1), auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.1, re_mode="pixel", **TIMM
-            ),
+            timm_transform(32, **TIMM_STRONG, re_prob=0.1),
         ),
         "crop, flip, normalise, erase; 32 px; timm": (
             32,
             erase | dict(reprob=0.1),
-            create_transform(32, scale=(0.8, 1), re_prob=0.1, re_mode="pixel", **TIMM),
+            timm_transform(32, scale=(0.8, 1), re_prob=0.1),
         ),
         "weak: crop of the whole area, flip, normalise; 32 px; timm": (
             32,
             weak,
-            create_transform(32, scale=(1, 1), **TIMM),
+            timm_transform(32, scale=(1, 1)),
         ),
         "pad 4, crop, flip, normalise; 32 px; torchvision": (
             32,

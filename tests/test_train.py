@@ -130,6 +130,15 @@ def test_activation_checkpointing_computes_the_same(tmp_path):
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-6)
 
 
+@pytest.mark.slow  # half a minute of C++ compiler
+def test_compiled_run_computes_the_same(tmp_path):
+    words = [*TINY, "--name", "run", "--num_steps", 10, "--eval_every", 5, "--opt", "adamw", "--dropout", 0]
+    for name, flags in {"plain": [], "compiled": ["--compile", "--grad_checkpoint"]}.items():
+        call("train.py", *words, *flags, *places(tmp_path / name))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+    call("eval.py", tmp_path / "compiled" / "output" / f"{ID}_checkpoint.bin")
+
+
 def test_batchnorm_statistics_agree_over_processes(tmp_path):
     words = ["--name", "run", *TINY, "--norm_type", "BN", "--num_steps", 3, "--dropout", 0, "--ema_decay", 0.5]
     out = torchrun(2, *words, *places(tmp_path)).stdout

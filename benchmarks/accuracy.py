@@ -1,0 +1,92 @@
+"""Accuracy of a short run with this project's batched augmentation, and with timm's on one Pillow image after another.
+
+    python benchmarks/accuracy.py                          # fashionmnist-mini, a small ViT, three seeds each
+    python benchmarks/accuracy.py --bf16 --num_steps 500   # other flags go to train.py
+
+Both see the same images in the same order, under `--aug strong` with random erasing; model, optimizer and steps are
+train.py's own. What is random in the augmentation is drawn by each side itself, so they agree within the spread of the
+seeds, not to the digit.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import report
+from PIL import Image
+from pipeline import TIMM_STRONG, timm_transform
+
+from models import MODELS, NORM_TYPES, model_sizes
+from train import Run
+from utils import data_utils, dist_util, options
+
+MODEL = "--model_type ViT-Ti_16 --img_size 28 --patch_size 4 --dim 64 --depth 4 --heads 4 --mlp_dim 256 --dropout 0"
+TRAINING = "--opt adamw --lr 2e-3 --weight_decay 0.05 --train_batch_size 128 --num_steps 1000 --warmup_steps 100"
+WORDS = f"--name accuracy --dataset fashionmnist-mini --aug strong --reprob 0.25 {MODEL} {TRAINING}".split()
+
+
+def pillow_batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The images that train.py would take in each step, through timm's transform."""
+    args, data = run.args, run.data.train
+    random.seed(args.seed), np.random.seed(args.seed)  # torch's is seeded in each step
+    transform = timm_transform(args.img_size, args.mean, args.std, **TIMM_STRONG, re_prob=args.reprob)
+    for step in range(args.num_steps):
+        index = data_utils.batch_index(step, args.train_batch_size, len(data), args.seed)
+        arrays = data.source.take(data.ids[index]).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        images = torch.stack([transform(Image.fromarray(array)) for array in arrays])
+        yield images.to(run.device), data.labels[index].to(run.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=None)
+    own, rest = parser.parse_known_args()
+    torch.set_num_threads(own.threads)
+    scores = {"this project, in batches": [], "timm, image by image": []}
+    for seed in own.seeds:
+        for name, found in scores.items():
+            with tempfile.TemporaryDirectory() as folder:
+                places = ["--output_dir", folder, "--log_dir", folder, "--memory_limit", "8"]
+                words = [*WORDS, *rest, "--seed", str(seed), *places]
+                args = options.parse_train_args(words, MODELS, NORM_TYPES, model_sizes)
+                processes = dist_util.start(args.device, args.gpu_id)
+                options.resolve_normalization(args, None)
+                data = data_utils.load_data(args)
+                data_utils.to_device(data, processes.device)
+                options.resolve_steps(args, len(data.train))
+                run = Run(args, processes, data, keep_head=False)
+                if name.startswith("timm"):
+                    batches = pillow_batches(run)
+                else:
+                    batches = data_utils.train_batches(
+                        data.train, run.augment, seed=seed, start=0, stop=args.num_steps,
+                        batch_size=args.train_batch_size, device=run.device,
+                    )  # fmt: skip
+                run.model.train()
+                while run.step < args.num_steps:
+                    run.update(batches)
+                found.append(100 * run.evaluate(run.candidate, data.test)["accuracy"])
+                print(f"{name}, seed {seed}: {found[-1]:.2f}", flush=True)
+    rows = [
+        {
+            "augmentation": name,
+            "accuracy, %": f"{statistics.mean(found):.2f} ± {statistics.stdev(found) if len(found) > 1 else 0:.2f}",
+            "each seed": ", ".join(f"{score:.2f}" for score in found),
+        }
+        for name, found in scores.items()
+    ]
+    title = (
+        f"{args.dataset}, {args.num_steps} steps of {args.train_batch_size}, --aug {args.aug} --reprob {args.reprob}"
+    )
+    report(f"{title}, {run.precision}", rows, run.device, own.json)
+
+
+if __name__ == "__main__":
+    main()
