@@ -10,8 +10,8 @@ Model, classes, normalisation and precision come from the checkpoint. The confus
 are the pictures; those go to the run's TensorBoard folder too, where that exists.
 """
 
-from utils import options
-from utils.options import UserError
+from utils import cli, options
+from utils.cli import UserError
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.eval_parser().parse_args()
@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run_main(main, args: argparse.Namespace) -> None:
-    """`options.run_main`, which also ends the process group, and has a line for what is no mistake of the code.
+    """`cli.run_main`, which also ends the process group, and has a line for what is no mistake of the code.
 
     These are a lack of memory, and another process that has ended.
     """
@@ -276,7 +276,7 @@ def run_main(main, args: argparse.Namespace) -> None:
             reason = str(error).splitlines()[0] if str(error) else "the host"
             raise UserError(f"out of memory ({reason}); fewer images per pass, or a smaller model") from None
 
-    options.run_main(in_one_line, args, dist_util.stop)
+    cli.run_main(in_one_line, args, dist_util.stop)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ that of the best checkpoint, mean and sample standard deviation over seeds; unfi
 are in no mean.
 """
 
-from utils import options
-from utils.options import UserError
+from utils import cli, options
+from utils.cli import UserError
 
 if __name__ == "__main__":  # a wrong flag is answered before anything is loaded
     ARGS = options.plot_parser().parse_args()
@@ -188,4 +188,4 @@ def main(args: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    options.run_main(main, ARGS)
+    cli.run_main(main, ARGS)

@@ -12,7 +12,7 @@ The same command again continues an unfinished run, on one machine to the bit, a
 
 from models import MODELS, NORM_TYPES, create_model, model_sizes
 from utils import options
-from utils.options import UserError
+from utils.cli import UserError
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.parse_train_args(None, MODELS, NORM_TYPES, model_sizes)

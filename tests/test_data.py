@@ -15,8 +15,8 @@ from PIL import Image
 
 from utils import readers
 from utils.augment import Augment
+from utils.cli import UserError
 from utils.data_utils import eval_batches, load_data, train_batches
-from utils.options import UserError
 from utils.readers import MINI, Files, Ragged, Uniform
 
 CPU = torch.device("cpu")

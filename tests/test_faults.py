@@ -23,7 +23,7 @@ import train
 from models import MODELS, NORM_TYPES, create_model, model_sizes
 from utils import checkpoint, dist_util, options
 from utils.anomaly import Anomaly
-from utils.options import UserError
+from utils.cli import UserError
 
 ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 LAST, PREVIOUS, BEST = (f"{ID}_{kind}.bin" for kind in ("last", "last.prev", "checkpoint"))

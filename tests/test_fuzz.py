@@ -25,8 +25,8 @@ import eval
 import plot
 from models import create_model
 from utils import checkpoint, options, readers, results
+from utils.cli import UserError
 from utils.log_util import already_done
-from utils.options import UserError
 
 RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 CPU = torch.device("cpu")

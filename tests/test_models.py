@@ -14,7 +14,7 @@ from models.mvit import MViT
 from models.rescale_vit import RescaleViT
 from models.vit import ViT
 from utils.checkpoint import load_weights
-from utils.options import UserError
+from utils.cli import UserError
 
 TINY = dict(image_size=16, num_classes=5, patch_size=4, dim=32, depth=3, heads=2, mlp_dim=64)
 KINDS = {

@@ -18,7 +18,7 @@ import eval as eval_script
 import train
 from models import MODELS, NORM_TYPES, create_model, model_sizes
 from utils import checkpoint, options, pictures
-from utils.options import UserError
+from utils.cli import UserError
 from utils.vis_utils import denormalize, tile
 
 KINDS = ["attention_class", "attention_distance", "attention_heads", "attention_rollout"]

@@ -9,7 +9,7 @@ from helpers import SIZES, write_google_npz
 
 from models import create_model
 from utils.checkpoint import load_weights, read_file, read_weights, resize_pos_embed, save
-from utils.options import UserError
+from utils.cli import UserError
 
 TINY = dict(patch_size=4, **SIZES)
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from utils.options import UserError, one_line, recorded
+from utils.cli import UserError, one_line
+from utils.options import recorded
 
 # Of files that other programs wrote; on stderr it would read as if something were wrong.
 warnings.filterwarnings("ignore", message="Detected pickle protocol")

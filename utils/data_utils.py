@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
 from utils.augment import Augment, Mix
-from utils.options import UserError
+from utils.cli import UserError
 from utils.readers import FASHION_CLASSES, MINI, Files, ImageSet, download, idx_set, image_folder, named, read_image
 
 

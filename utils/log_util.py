@@ -13,7 +13,8 @@ import torch
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from utils.options import UserError, run_id, settings
+from utils.cli import UserError
+from utils.options import run_id, settings
 from utils.vis_utils import denormalize
 
 

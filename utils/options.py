@@ -1,19 +1,28 @@
 """Every flag of train.py, eval.py and plot.py. Imports no torch, so that --help and a wrong flag are answered at once."""
 
 import argparse
-import difflib
-import math
 import os
-import shlex
-import sys
 from pathlib import Path
+
+from utils.cli import (
+    MAX_REAL,
+    Parser,
+    Replaces,
+    UserError,
+    boolean,
+    bounded,
+    count,
+    fraction,
+    non_negative,
+    positive,
+    positive_int,
+    rate,
+    real,
+)
 
 DATASETS = ("cifar10", "cifar100", "fashionmnist", "fashionmnist-mini", "emnist", "caltech101", "imagefolder")
 PLOTS = ("attention", "position", "patches", "errors")
 MAX_IMAGES = 8  # that pictures of attention have room for
-RECIPE_LENGTH = 2**16
-MAX_COUNT = 2**31 - 1  # of steps, images and all else that is counted
-MAX_REAL = 1e30  # of any other number
 MAX_RUN_ID = 200  # bytes; file systems take 255, and suffixes and temporary names come on top
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 
@@ -42,106 +51,6 @@ NOT_SETTINGS = frozenset(
 )
 
 
-class UserError(ValueError):
-    """A mistake of the user: one line on stderr, exit status 2."""
-
-
-def one_line(text: str) -> str:
-    """Text that stays on its line and controls no terminal, whatever names of files it repeats."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, which suggests the nearest flag and reads `@recipe` files with comments."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
-
-    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        argv, origin = self._expand(sys.argv[1:] if argv is None else argv)
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            where = f" in {origin[unknown[0]]}" if unknown[0] in origin else ""
-            hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
-            self.error(f"unknown argument {unknown[0]!r}{where}{hint}")
-        return args
-
-    def _expand(self, argv: list[str]) -> tuple[list[str], dict[str, str]]:
-        """Put the words of each `@file` in its place; `#` starts a comment there. Also where each word came from."""
-        words, origin = [], {}
-        for word in argv:
-            if any("\ud800" <= char <= "\udfff" for char in word):  # what Python makes of bytes that are not UTF-8
-                self.error(f"{word}: is not UTF-8; rename it")
-            if not word.startswith("@"):
-                words.append(word)
-                continue
-            try:
-                with open(word[1:], encoding="utf-8") as file:
-                    text = file.read(RECIPE_LENGTH + 1)
-                if len(text) > RECIPE_LENGTH:
-                    raise ValueError(f"longer than {RECIPE_LENGTH} characters, so not a file of flags")
-                found = shlex.split(text, comments=True)
-            except OSError as error:
-                near = ", ".join(sorted(str(path) for path in Path(word[1:]).parent.glob("*.args")))
-                self.error(f"recipe {word[1:]}: {error.strerror}" + (f"; there are {near}" if near else ""))
-            except UnicodeDecodeError:
-                self.error(f"recipe {word[1:]}: is not a text file; it holds flags as on the command line")
-            except ValueError as error:  # an unclosed quote, or too long
-                self.error(f"recipe {word[1:]}: {error}")
-            if nested := [each for each in found if each.startswith("@")]:
-                self.error(
-                    f"recipe {word[1:]}: {nested[0]} would include another recipe; name both on the command line"
-                )
-            words += found
-            origin.update(dict.fromkeys(found, word[1:]))
-        return words, origin
-
-
-class Replaces(argparse.Action):
-    """Store a value and clear another flag's (`const`), of which the last given counts: --epochs and --num_steps."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values)
-        setattr(namespace, self.const, None)
-
-
-def _number(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False):
-    """A type for argparse: a number of `kind` within [low, high], or (low, high] when `open_low`."""
-
-    def parse(text: str):
-        value = kind(text)
-        if math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if value != value or (low is not None and (value < low or open_low and value == low)):
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"{text} is above {high}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-positive_int = _number(int, 1, MAX_COUNT)
-count = _number(int, 0, MAX_COUNT)
-real = _number(float, -MAX_REAL, MAX_REAL)
-positive = _number(float, 0, MAX_REAL, open_low=True)
-non_negative = _number(float, 0, MAX_REAL)
-fraction = _number(float, 0, 1)
-rate = _number(float, 0, 0.999)
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
-
-
 # One line a flag.
 # fmt: off
 
@@ -149,7 +58,7 @@ def boolean(text: str) -> bool:
 def _add_device_flags(group) -> None:
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes the GPU if any [auto]")
     group.add_argument("--gpu_id", type=count, default=0, help="which GPU, for one process; torchrun's LOCAL_RANK otherwise [0]")
-    group.add_argument("--num_workers", type=_number(int, 0, 1024), default=min(4, os.cpu_count() or 1), help="processes that decode a set too large for memory [4, or the cores]")
+    group.add_argument("--num_workers", type=bounded(int, 0, 1024), default=min(4, os.cpu_count() or 1), help="processes that decode a set too large for memory [4, or the cores]")
     group.add_argument("--memory_limit", type=non_negative, default=None, metavar="GIB", help="splits of image folders up to this size as uint8 are kept in memory, larger ones are streamed [a quarter of what is free on the training device and on the host; a continued run keeps its limit]")
     group.add_argument("--eval_batch_size", type=positive_int, default=None, help="images per forward pass in evaluation, per process [256]")
 
@@ -196,7 +105,7 @@ def train_parser(model_types, norm_types) -> Parser:
 
     g = p.add_argument_group("augmentation")
     g.add_argument("--aug", choices=AUGS, default="crop", help="none; flip; pad: 4 pixels, crop back, flip; crop: random resized crop; weak: crop of the whole area at another ratio, flip; strong: crop, flip, RandAugment; dems: crop, flip, colour jitter, grayscale, solarise, rarer towards the end; keras: crop, flip, rotation by up to 7.2 degrees [crop]")
-    g.add_argument("--scale", type=_number(float, 0, 1, open_low=True), nargs=2, default=None, metavar=("LO", "HI"), help="area of the random resized crop, of the image [0.05 1 for crop, 1 1 for weak, 0.8 1 for strong and keras, 0.2 1 for dems]")
+    g.add_argument("--scale", type=bounded(float, 0, 1, open_low=True), nargs=2, default=None, metavar=("LO", "HI"), help="area of the random resized crop, of the image [0.05 1 for crop, 1 1 for weak, 0.8 1 for strong and keras, 0.2 1 for dems]")
     g.add_argument("--interpolation", choices=["bilinear", "bicubic"], default=None, help="[bicubic for weak, strong and dems, else bilinear]")
     g.add_argument("--aug_prob", type=fraction, default=None, help="of dems' jitter, grayscale and solarise, each, in the first epoch; falls to 0 as half a cosine [0.6 for dems]")
     g.add_argument("--reprob", type=fraction, default=0.0, help="probability of random erasing with noise, per image [0]")
@@ -205,7 +114,7 @@ def train_parser(model_types, norm_types) -> Parser:
     g.add_argument("--mixup_prob", type=fraction, default=1.0, help="probability of mixing, per update [1]")
     g.add_argument("--mixup_switch_prob", type=fraction, default=0.5, help="probability of cutmix rather than mixup where both are on [0.5]")
     g.add_argument("--ra", type=positive_int, default=1, metavar="N", help="repeated augmentation: each image comes N times in a row, differently augmented; an epoch is N times as long [1]")
-    g.add_argument("--crop_pct", type=_number(float, 0, 1, open_low=True), default=1.0, help="evaluation resizes the short side to img_size / crop_pct and cuts the centre; 1 takes the whole image, stretched to a square [1]")
+    g.add_argument("--crop_pct", type=bounded(float, 0, 1, open_low=True), default=1.0, help="evaluation resizes the short side to img_size / crop_pct and cuts the centre; 1 takes the whole image, stretched to a square [1]")
 
     g = p.add_argument_group("model")
     g.add_argument("--model_type", "--model", choices=model_types, default="ViT-B_16", metavar="TYPE", help=f"one of {' '.join(model_types)} [ViT-B_16]")
@@ -239,7 +148,7 @@ def train_parser(model_types, norm_types) -> Parser:
     g.add_argument("--decay_by", choices=["step", "epoch"], default="step", help="the learning rate changes at every step, or once an epoch [step]")
     g.add_argument("--weight_decay", type=non_negative, default=0.0, help="on all parameters but those that a model exempts, as its position embeddings [0]")
     g.add_argument("--disable_weight_decay_on_bias_norm", action="store_true", help="no weight decay on biases and norms either")
-    g.add_argument("--layer_decay", type=_number(float, 0, 1, open_low=True), default=1.0, help="learning rate of each block, as a factor of that of the block above [1]")
+    g.add_argument("--layer_decay", type=bounded(float, 0, 1, open_low=True), default=1.0, help="learning rate of each block, as a factor of that of the block above [1]")
     g.add_argument("--ema_decay", type=rate, default=0.0, help="average the weights exponentially with this decay; the average is what is evaluated and kept, the raw weights are scored beside it; 0 turns it off [0]")
     g.add_argument("--max_grad_norm", type=non_negative, default=1.0, help="gradients are clipped to this norm; 0 turns it off [1]")
     g.add_argument("--smoothing", "--label_smoothing", type=rate, default=0.0, help="label smoothing [0]")
@@ -521,34 +430,3 @@ def plot_parser() -> Parser:
     p.add_argument("--out", default=None, metavar="DIR", help="for results.md, results.csv and the pictures; made where missing [the folder of the runs]")
     p.add_argument("--plan", nargs=argparse.REMAINDER, default=None, metavar="FLAG", help="only say what train.py with these flags, up to the end of the line, would do: steps, state, and time by finished runs of equal cost")
     return p
-
-
-# fmt: on
-
-
-def run_main(main, args: argparse.Namespace, at_end=None) -> None:
-    """Call a script's main and leave with its status; a UserError becomes one line and status 2.
-
-    Every process of a node would print the same line, so only the first one does.
-
-    Args:
-        main: called with `args`, returns the exit status.
-        at_end: called in any case before leaving.
-    """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks stops nothing
-    try:
-        status = main(args)
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {one_line(str(error))}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # the reader has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    finally:
-        if at_end:
-            at_end()
-    sys.exit(status)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import dist_util, vis_utils
-from utils.options import MAX_IMAGES, UserError, run_id
+from utils.cli import UserError
+from utils.options import MAX_IMAGES, run_id
 
 GRAY = ("fashionmnist", "fashionmnist-mini", "emnist")
 MAX_HEADS = 12  # columns that stay legible

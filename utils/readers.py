@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from utils.options import UserError
+from utils.cli import UserError
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is read or refused; _open does it where Pillow would warn
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million

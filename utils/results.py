@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.options import NOT_SETTINGS, UserError
+from utils.cli import UserError
+from utils.options import NOT_SETTINGS
 
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
 NORMS = ("LN", "BN", "GN", "Rescale")

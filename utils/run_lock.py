@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from utils.options import UserError
+from utils.cli import UserError
 
 
 class RunLock:
