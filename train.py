@@ -45,7 +45,8 @@ from utils.optim import make_optimizer, make_scaler
 from utils.run_lock import RunLock
 from utils.scheduler import learning_rate
 
-SAVE_SECONDS = 300  # _last.bin is never older than this
+SAVE_SECONDS = 300  # _last.bin is never older than this,
+SAVE_TIMES = 20  # and at an evaluation not older than so many times what saving takes, a twentieth of the time at most
 
 
 class NonFinite(ArithmeticError):
@@ -141,12 +142,14 @@ class Run:
 
         self.step = 0  # updates done
         self.best = {"accuracy": -1.0, "step": 0}
+        self.best_weights = None  # what `_checkpoint.bin` will be at the next save, if that has something new
         self.last = None  # the newest evaluation's accuracy
         self.loss_sum = torch.zeros((), device=self.device)  # of the steps since the last evaluation
         self.loss_steps = 0
         self.bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite
         self.seconds = 0.0  # spent before this process
         self.started = self.saved = time.monotonic()
+        self.saving = 0.0  # seconds that the last save took
         self.log = RunLog(args.output_dir, args.log_dir, self.id, enabled=processes.main)
 
     # ------------------------------------------------------------ files
@@ -157,11 +160,10 @@ class Run:
     def elapsed(self) -> float:
         return self.seconds + time.monotonic() - self.started
 
-    def save(self, suffix: str, model: torch.nn.Module, previous: Path | None = None, **more) -> None:
-        """Write a checkpoint that eval.py can rebuild the model from, and `more`; see `checkpoint.save`."""
+    def save(self, suffix: str, previous: Path | None = None, **state) -> None:
+        """Write `state` with all else that eval.py needs to rebuild a model; see `checkpoint.save`."""
         if self.processes.main:
             facts = dict(
-                model=model.state_dict(),
                 config=self.config,
                 classes=self.data.classes,
                 args=vars(self.args),
@@ -169,15 +171,23 @@ class Run:
                 step=self.step,
                 selected_on=self.data.selected_on,
             )
-            checkpoint.save(self.path(suffix), facts | more, previous)
+            checkpoint.save(self.path(suffix), facts | state, previous)
+
+    def save_best(self) -> None:
+        """Write the best weights, if they aren't yet."""
+        if self.best_weights:
+            self.save("_checkpoint.bin", **self.best_weights)
+            self.best_weights = None
 
     def save_last(self) -> None:
-        """Write all that resuming needs, if it is sound."""
+        """Write all that resuming needs, if it is sound, and the best weights."""
         self.check_finite()
+        began = time.monotonic()
+        self.save_best()
         self.save(
             "_last.bin",
-            self.model,
             self.path("_last.prev.bin"),
+            model=self.model.state_dict(),
             average=self.average and self.average.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
@@ -189,6 +199,7 @@ class Run:
             log=self.log.position(),
         )
         self.saved = time.monotonic()
+        self.saving = self.saved - began
 
     def begin_or_resume(self) -> None:
         """Go on from `_last.bin`, or from the one before if it is damaged, as if nothing had happened; or begin."""
@@ -317,7 +328,7 @@ class Run:
         return result
 
     def validate(self) -> None:
-        """Evaluate, log, and keep the weights if they are the best so far."""
+        """Evaluate, log, and keep a copy of the weights if they are the best so far."""
         self.check_finite()
         result = self.evaluate(self.candidate, self.data.valid)
         if self.average:
@@ -340,7 +351,10 @@ class Run:
         self.log.scalars(self.step, {f"{split}/accuracy": result["accuracy"], f"{split}/loss": result["loss"]})
         if result["accuracy"] > self.best["accuracy"]:
             self.best = {"accuracy": result["accuracy"], "step": self.step}
-            self.save("_checkpoint.bin", self.candidate, accuracy=result["accuracy"], loss=result["loss"])
+            if self.processes.main:
+                weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.candidate.state_dict().items()}
+                score = dict(accuracy=result["accuracy"], loss=result["loss"])
+                self.best_weights = dict(model=weights, step=self.step, **score)
         result.pop("confusion")
         self.log.record(
             event="eval",
@@ -385,10 +399,11 @@ class Run:
             if evaluated:
                 self.validate()
                 mark, mark_step = time.monotonic(), self.step
-            due = p.main and time.monotonic() - self.saved > SAVE_SECONDS
+            age = SAVE_TIMES * self.saving if evaluated else SAVE_SECONDS
+            due = p.main and time.monotonic() - self.saved > min(age, SAVE_SECONDS)
             # signals and clocks differ between processes: what one has seen, all act upon, at the same step
             wish = dist_util.largest(interrupt.signum or (signal.NSIG if due else 0))
-            if evaluated or wish or (args.save_every and self.step % args.save_every == 0):
+            if at_end or wish or (args.save_every and self.step % args.save_every == 0):
                 self.save_last()
             if 0 < wish < signal.NSIG and not at_end:
                 bar.close()
@@ -463,6 +478,7 @@ def main(args: Namespace) -> int:
             with dist_util.Interrupt() as interrupt:
                 return run.train(interrupt)
         except NonFinite as error:
+            run.save_best()
             run.log.info(f"Stopped: {error}")
             return 3
 

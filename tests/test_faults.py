@@ -28,7 +28,7 @@ from utils.cli import UserError
 ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 LAST, PREVIOUS, BEST = (f"{ID}_{kind}.bin" for kind in ("last", "last.prev", "checkpoint"))
 RUN = [
-    *("--name", "run", *TINY, "--num_steps", 24, "--eval_every", 4, "--save_every", 2, "--opt", "adamw"),
+    *("--name", "run", *TINY, "--num_steps", 24, "--eval_every", 4, "--save_every", 3, "--opt", "adamw"),
     *("--gradient_accumulation_steps", 2, "--drop_path", 0.1, "--smoothing", 0.1),
     *("--val_fraction", 0.1, "--ema_decay", 0.5),
 ]
@@ -88,12 +88,12 @@ class Killed(BaseException):
 
 
 def train_until(monkeypatch, folder: Path, file: str, step: int) -> None:
-    """Train in this process until `file` of `step` has been written."""
+    """Train in this process until `file` of `step`, or of a later one, has been written."""
     save = checkpoint.save
 
     def once(path, obj, *more):
         save(path, obj, *more)
-        if path.name == file and obj["step"] == step:
+        if path.name == file and obj["step"] >= step:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -111,10 +111,10 @@ def here(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
-    """The same run, ended without warning after its save of step 14."""
+    """The same run, ended without warning after its save of step 15."""
     folder = tmp_path_factory.mktemp("unfinished")
     with pytest.MonkeyPatch.context() as patch:
-        train_until(patch, folder, LAST, 14)
+        train_until(patch, folder, LAST, 15)
     return folder
 
 
@@ -403,6 +403,26 @@ def test_without_a_scaler_an_infinite_gradient_stops(tiny_run):
     run.update(batches)
     with pytest.raises(train.NonFinite, match="not finite at step 1, learning rate 0.02.*; nothing was saved"):
         run.check_finite()
+
+
+def test_saves_take_a_small_part_of_the_time(tmp_path, monkeypatch):
+    """With an evaluation in every step and slow saves, most evaluations leave theirs to a later one."""
+    saved, save = [], checkpoint.save
+
+    def slow_save(path, obj, previous=None):
+        time.sleep(1)
+        saved.append((Path(path).name, obj["step"]))
+        save(path, obj, previous)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    words = ["--name", "run", *TINY, "--num_steps", 12, "--eval_every", 1, "--lr", 0.1, "--warmup_steps", 0]
+    assert train_here(*words, *places(tmp_path)) == 0
+    lasts = [step for name, step in saved if name == LAST]
+    assert lasts[0] == 1 and lasts[-1] == 12 and len(lasts) < 6
+    evals = [record for record in records(tmp_path) if record["event"] == "eval"]
+    best = max(evals, key=lambda record: record["accuracy"])
+    kept = torch.load(tmp_path / "output" / BEST, weights_only=True)
+    assert (kept["step"], kept["accuracy"]) == (best["step"], best["accuracy"])
 
 
 def test_stopped_run_names_the_module_when_called_again(tmp_path, capsys):

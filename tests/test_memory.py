@@ -45,7 +45,19 @@ sys.exit(status)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("more", [[], ["--ema_decay", "0.9", "--val_fraction", "0.05", "--norm_type", "BN"]])
 def test_a_hundred_evaluations_grow_by_less_than_5_mb(tmp_path, more):
-    words = ["--name", "run", *TINY, "--num_steps", "110", "--eval_every", "1", *places(tmp_path), *more]
+    words = [
+        "--name",
+        "run",
+        *TINY,
+        "--num_steps",
+        "110",
+        "--eval_every",
+        "1",
+        "--save_every",
+        "1",
+        *places(tmp_path),
+        *more,
+    ]
     command = [sys.executable, "-c", WATCHED, *words]
     # large blocks go back to the system at once, so that what the allocator keeps for later does not count
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
