@@ -261,7 +261,7 @@ def main(args: argparse.Namespace) -> int:
 def run_main(main, args: argparse.Namespace) -> None:
     """`cli.run_main`, which also ends the process group, and has a line for what is no mistake of the code.
 
-    These are a lack of memory, and another process that has ended.
+    These are a lack of memory, another process that has ended, and a model that torch cannot compile here.
     """
 
     def in_one_line(args: argparse.Namespace) -> int:
@@ -271,9 +271,11 @@ def run_main(main, args: argparse.Namespace) -> None:
             if isinstance(error, RuntimeError) and dist_util.is_lost(error):
                 reason = "another process is gone or stuck; the same command goes on from the last save"
                 raise UserError(reason) from None
+            reason = str(error).splitlines()[0] if str(error) else "the host"
+            if type(error).__module__.startswith("torch._inductor"):  # most often, there is no C++ compiler
+                raise UserError(f"--compile: torch cannot compile the model here ({reason}); leave it out") from None
             if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else "the host"
             raise UserError(f"out of memory ({reason}); fewer images per pass, or a smaller model") from None
 
     cli.run_main(in_one_line, args, dist_util.stop)

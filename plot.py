@@ -140,9 +140,10 @@ def plan(words: list[str]) -> int:
     except UserError:
         runs = []
     run = next((run for run in runs if run.id == run_id), None)
-    clash = (
-        [f"{key} {run.settings[key]}" for key in results.differing(run.settings, options.settings(args))] if run else []
-    )
+    clash = []
+    if run and (run.steps or run.finished or (folder / f"{run_id}_last.bin").exists()):
+        differing = results.differing(run.settings, options.settings(args))
+        clash = [f"{key} {run.settings[key]}" for key in differing]
     if clash:
         print(f"  {steps}; would be refused, as the run exists with {', '.join(clash[:3])}")
     elif run and run.finished:

@@ -252,7 +252,8 @@ def test_killed_sweep_finishes_what_is_missing(swept):
 def test_failed_cell_is_named_and_stops_no_other(swept):
     sweep = swept[0]
     other = sweep.output / "cifar10-100_500_ViT-Ti_16_norm_GN_fp_True_img_28_pretrain_F_seed_1.jsonl"
-    other.write_text('{"event": "start", "settings": {"num_steps": 5}}\n')  # there is such a run with other settings
+    # there is such a run with other settings
+    other.write_text('{"event": "start", "settings": {"num_steps": 5}}\n{"event": "eval", "step": 5}\n')
     out, error = sweep.run("--eval_batch_size", 511, NORMS="GN LN", SEEDS="1", status=1)
     other.unlink()
     assert "is finished" in out

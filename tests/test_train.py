@@ -111,6 +111,16 @@ def test_finished_run_is_left_alone_and_other_settings_are_refused(reference):
     assert (reference / "output" / f"{ID}.txt").read_bytes() == before
 
 
+def test_run_that_came_to_nothing_may_begin_with_other_settings(tmp_path):
+    words = [*TINY, "--name", "run", "--num_steps", 4, "--eval_every", 2, *places(tmp_path)]
+    # as where there is no compiler, or too little memory
+    error = call("train.py", *words, "--compile", check=2, env={"CXX": "/nowhere/g++"}).stderr
+    assert error.count("\n") == 1 and "--compile: torch cannot compile the model here" in error
+    call("train.py", *words, "--lr", 0.01)
+    assert [record["event"] for record in records(tmp_path)] == ["start", "eval", "eval", "end"]
+    assert records(tmp_path)[0]["settings"]["learning_rate"] == 0.01
+
+
 def start(*words) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

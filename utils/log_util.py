@@ -195,15 +195,16 @@ def already_done(args: Namespace) -> bool:
     """Whether this run has finished; says so.
 
     Raises:
-        UserError: the run id belongs to a run with other settings.
+        UserError: the run id belongs to a run with other settings, of which there is more than its first line.
     """
     records = read_records(Path(args.output_dir) / f"{run_id(args)}.jsonl")
+    saves = [Path(args.output_dir) / f"{run_id(args)}_{kind}.bin" for kind in ("last", "last.prev")]
     began = next((record.get("settings") for record in records if record.get("event") == "start"), None)
     now = settings(args)
     if began is not None and not isinstance(began, dict):
         raise UserError(f"the log of run {run_id(args)} is damaged; mend it, or --overwrite the run")
     changed = [name for name in now if began and began.get(name) != now[name]]
-    if changed:
+    if changed and (len(records) > 1 or any(save.exists() for save in saves)):
         shown = ", ".join(f"{name} {began.get(name)} -> {now[name]}" for name in changed)
         raise UserError(f"run {run_id(args)} exists with other settings: {shown}; another --name, or --overwrite")
     end = next((record for record in records if record.get("event") == "end"), None)
