@@ -184,15 +184,14 @@ def draw(
     )
 
     def images() -> tuple[torch.Tensor, list[str]]:
-        """Those of --images, or the first test images, one of each class; and their names."""
+        """Those of --images, or the first test images, one of each class, in float32; and their names."""
         if args.images:
-            return torch.cat(list(read_images(args.images, run, device, precision))), [
-                Path(file).name for file in args.images
-            ]
+            names = [Path(file).name for file in args.images]
+            return torch.cat(list(read_images(args.images, run, device, precision))).float(), names
         _, images, batches = test
         index = pictures.first_of_each(images.labels)
         first = [batch for batch, _ in batches(images.part(index))]
-        return torch.cat(first), [run["classes"][i] for i in images.labels[index].tolist()]
+        return torch.cat(first).float(), [run["classes"][i] for i in images.labels[index].tolist()]
 
     album = pictures.Album(Path(args.output_dir or Path(args.checkpoint).parent), name, run)
     pictures.draw(album, args, model, run, precision, images, lambda: test[2](test[1]))

@@ -7,7 +7,7 @@
     python train.py --name cifar100 --dataset cifar100 -v true --load_model_dir output/RUN_checkpoint.bin
 
 Results land in output/ (RUN.txt, .jsonl, _checkpoint.bin, _last.bin, _last.prev.bin) and logs/RUN (TensorBoard).
-The same command again continues an unfinished run, on one machine to the bit, and leaves a finished one alone.
+The same command again continues an unfinished run, on one machine's CPU to the bit, and leaves a finished one alone.
 """
 
 from models import MODELS, NORM_TYPES, create_model, model_sizes
@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -41,7 +40,7 @@ from utils import checkpoint, data_utils, dist_util
 from utils.anomaly import Anomaly
 from utils.augment import Augment, Mix
 from utils.log_util import RunLog, already_done, delete_run, recorded_limit, run_description
-from utils.optim import make_optimizer, make_scaler
+from utils.optim import Average, make_optimizer, make_scaler
 from utils.run_lock import RunLock
 from utils.scheduler import learning_rate
 
@@ -116,7 +115,7 @@ class Run:
         self.statistics = dist_util.statistics_of(self.model)
         self.average = None
         if args.ema_decay:
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+            self.average = Average(self.model, args.ema_decay)
         if args.grad_checkpoint:
             for block in self.model.blocks:
                 block.forward = partial(checkpoint_activations, block.forward, use_reentrant=False)
@@ -215,7 +214,8 @@ class Run:
         if self.average:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run so far needed none, on another device
+            self.scaler.load_state_dict(state["scaler"])
         for name in ("step", "best", "last", "loss_steps", "seconds"):
             setattr(self, name, state[name])
         self.loss_sum = state["loss_sum"].to(self.device)
@@ -449,7 +449,6 @@ def validate_only(args: Namespace, processes: dist_util.Processes, data: data_ut
 
 def main(args: Namespace) -> int:
     processes = dist_util.start(args.device, args.gpu_id)
-    torch.set_float32_matmul_precision("high")
     source = checkpoint.facts_of(args.pretrained_dir or args.load_model_dir)
     options.resolve_normalization(args, source.get("args"))
     if args.memory_limit is None:

@@ -115,7 +115,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")
     device = dist_util.start(args.device).device
     images = torch.randint(
         0, 256, (args.batch, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

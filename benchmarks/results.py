@@ -6,7 +6,8 @@
     python plot.py benchmarks/results                              # curves of the kept logs
 
 Groups: fast, ablation, models, norms. Each row is a train.py run a seed on the complete Fashion-MNIST, which is
-downloaded where it is missing. Weights and TensorBoard go to --output_dir, the .jsonl to benchmarks/results/GROUP/.
+downloaded where it is missing, on one CPU core. Weights and TensorBoard go to --output_dir, the .jsonl to
+benchmarks/results/GROUP/.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def run(group: str, row: str, seed: int, data_dir: str, folder: Path) -> None:
     kept = KEPT / group
     if find(group, row, seed):
         return
-    places = ["--data_dir", data_dir, "--output_dir", str(folder), "--log_dir", str(folder / "logs")]
+    places = ["--device", "cpu", "--data_dir", data_dir, "--output_dir", str(folder), "--log_dir", str(folder / "logs")]
     words = [sys.executable, *command(group, row, seed), *places]
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:

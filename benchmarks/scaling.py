@@ -31,7 +31,7 @@ SIZES = "--dim 128 --depth 6 --heads 4 --mlp_dim 512".split()
 
 
 def updates(words: list[str], folder: str, copies: int = 1):
-    """A function that takes one update, counted FLOPs and images of it, and tokens an image."""
+    """A function that takes one update, counted FLOPs and images of it, and its device."""
     args = options.parse_train_args(
         ["--name", "scaling", *BASE, *SIZES, "--output_dir", folder, "--log_dir", folder, *words],
         MODELS, NORM_TYPES, model_sizes,
@@ -50,8 +50,8 @@ def updates(words: list[str], folder: str, copies: int = 1):
         train, run.augment, seed=args.seed, start=0, stop=args.num_steps, batch_size=args.train_batch_size,
         device=processes.device,
     )  # fmt: skip
-    tokens = 1 + (args.img_size // args.patch_size) ** 2
-    return lambda: run.update(batches), 3 * gflops(run.config) * args.train_batch_size, args.train_batch_size, tokens
+    images = args.train_batch_size
+    return lambda: run.update(batches), 3 * gflops(run.config) * images, images, processes.device
 
 
 def processes_row(count: int, words: list[str], folder: str) -> dict:
@@ -87,7 +87,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     own, words = parser.parse_known_args()
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as folder:
         small = ["--img_size", "28", "--train_batch_size", "64", *words]
         cases = {
@@ -98,7 +97,7 @@ def main() -> None:
             "100,000 images": updates(small, folder, copies=10),
             **{f"norm {norm}": updates([*small, "--norm_type", norm], folder) for norm in NORM_TYPES[1:]},
         }
-        device = torch.device("cuda") if "cuda" in words else torch.device("cpu")
+        *_, device = next(iter(cases.values()))
         taken = take_turns(
             {name: case[0] for name, case in cases.items()}, device=device, rounds=own.rounds, seconds=own.seconds
         )
@@ -117,12 +116,15 @@ def main() -> None:
             )
         report("Growth, median (lowest-highest)", rows, device, own.json)
         rows = []
+        unit, there = ("GPU", torch.cuda.device_count()) if device.type == "cuda" else ("core", os.cpu_count())
         for count in own.processes:
+            if unit == "GPU" and count > there:
+                continue
             result = processes_row(count, words, folder)
             base = result["speed"] if not rows else rows[0]["images/s"]
             rows.append({"processes": count, "images/s": round(result["speed"]), "x the first": result["speed"] / base})
         if rows:
-            title = f"Processes of one core each, {os.cpu_count()} cores, the same whole batch of 64"
+            title = f"Processes of one {unit} each, {there} {unit}s, the same whole batch of 64"
             report(title, rows, device, own.json and own.json.with_stem(f"{own.json.stem}_processes"))
 
 

@@ -141,7 +141,6 @@ def main() -> None:
     words += ["--output_dir", folder.name, "--log_dir", folder.name, *rest]
     args = options.parse_train_args(words, MODELS, NORM_TYPES, model_sizes)
     processes = dist_util.start(args.device, args.gpu_id)
-    torch.set_float32_matmul_precision("high")
     device, batch_size = processes.device, args.train_batch_size
     options.resolve_normalization(args, None)
     data = data_utils.load_data(args)

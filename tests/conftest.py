@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of what a CPU repeats to the bit, also where there is a GPU
+
 import numpy as np
 import pytest
 import torch

@@ -72,7 +72,7 @@ class FakeGPU(TorchDispatchMode):
         self.fake = _Mode(allow_non_fake_inputs=True)
         self.current = Stream()
         self.memory, self.launches, self.races = {}, Counter(), []
-        self.loading = True
+        self.may_wait = True
         for name, value in {
             "Stream": Stream,
             "stream": self._using,
@@ -96,16 +96,20 @@ class FakeGPU(TorchDispatchMode):
 
     @contextlib.contextmanager
     def waiting_allowed(self):
-        """Where the host may wait, as while a run is set up."""
-        before, self.loading = self.loading, True
-        yield
-        self.loading = before
+        """Where the host may wait, as while a run is set up; nowhere after that."""
+        self.may_wait = True
+        try:
+            yield
+        finally:
+            self.may_wait = False
 
     @contextlib.contextmanager
     def _using(self, stream: Stream):
         before, self.current = self.current, stream
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -115,7 +119,7 @@ class FakeGPU(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         name = func.__name__.partition(".")[0]
-        if not self.loading:
+        if not self.may_wait:
             self._check_host(func, name, [v for v in values if type(v) in (torch.Tensor, torch.nn.Parameter)], kwargs)
         args, kwargs = tree_map_only(
             torch.Tensor, lambda x: x if isinstance(x, FakeTensor) else self.fake.from_tensor(x), (args, kwargs)
@@ -136,7 +140,7 @@ class FakeGPU(TorchDispatchMode):
         if name in ("_to_copy", "copy_"):
             if from_cpu and not kwargs.get("non_blocking"):
                 raise WaitsForDevice(f"{func} of {tuple(from_cpu[0].shape)} from pageable memory")
-        elif any(value.ndim for value in from_cpu):  # those without dimensions are passed as numbers
+        elif any(value.ndim or "index_put" in name for value in from_cpu):  # others take numbers without dimensions
             raise WaitsForDevice(f"{func} of tensors of both devices")
 
     def _of(self, tensor: FakeTensor) -> Memory:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, call, places, same, weights
+from helpers import ROOT, TINY, call, places, same, weights, write_folder
 from torch import nn
 
 import train
@@ -87,7 +87,7 @@ class Killed(BaseException):
     """As if the power had gone."""
 
 
-def train_until(monkeypatch, folder: Path, file: str, step: int) -> None:
+def train_until(monkeypatch, folder: Path, file: str, step: int, run: list = RUN) -> None:
     """Train in this process until `file` of `step`, or of a later one, has been written."""
     save = checkpoint.save
 
@@ -98,7 +98,7 @@ def train_until(monkeypatch, folder: Path, file: str, step: int) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint, "save", once)
-        train_here(*RUN, *places(folder))
+        train_here(*run, *places(folder))
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +188,23 @@ def test_a_kill_between_best_and_last_changes_nothing(here, tmp_path, monkeypatc
     train_until(monkeypatch, tmp_path, file, best_step)
     assert train_here(*RUN, *places(tmp_path)) == 0
     assert_same_run(tmp_path, here)
+
+
+def test_streamed_run_ends_as_the_uninterrupted_one(tmp_path, monkeypatch):
+    write_folder(tmp_path / "data", sizes=((20, 30),), per_class=20)
+    words = [*RUN, "--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--memory_limit", 0, "--num_workers", 0]
+    assert train_here(*words, *places(tmp_path / "whole")) == 0
+    train_until(monkeypatch, tmp_path / "parts", LAST, 9, words)
+    assert train_here(*words, *places(tmp_path / "parts")) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_run_goes_on_where_a_scaler_is_needed_now(tmp_path, monkeypatch):
+    """As one with --fp16 that began on a CPU and continues on a GPU."""
+    train_until(monkeypatch, tmp_path, LAST, 9)
+    monkeypatch.setattr(train, "make_scaler", lambda *args: torch.amp.GradScaler("cpu"))
+    assert train_here(*RUN, *places(tmp_path)) == 0
+    assert checkpoint.read_file(tmp_path / "output" / LAST, own=True)["scaler"]["scale"] > 1
 
 
 # ---------------------------------------------------------------- damaged files
@@ -479,6 +496,8 @@ def test_sync_bn_converts_and_keeps_the_names():
     assert kinds.count(nn.SyncBatchNorm) == 5 and nn.BatchNorm1d not in kinds
     synced.load_state_dict(plain.state_dict())
     assert len(dist_util.statistics_of(synced)) == 10
+    words = dict(norm_type="LN", patch_size=2, merge_num=(16, 8), merge_layer=(1, 2))
+    assert not dist_util.statistics_of(create_model("DEMS-Ti", **{**config, "image_size": 16, **words}))
     images = torch.randn(4, 3, 28, 28)
     assert torch.equal(plain.eval()(images), synced.eval()(images))
     with pytest.raises(UserError, match="--sync_bn needs CUDA, this is cpu"):

@@ -117,8 +117,9 @@ def test_a_missing_wait_is_noticed(broken, gpu, monkeypatch, tmp_path):
 
 
 def test_waits_are_noticed(gpu):
-    x, index = torch.ones(3, 4, device=DEVICE), torch.tensor([0, 2])
-    gpu.loading = False
+    with gpu.waiting_allowed():
+        x, index = torch.ones(3, 4, device=DEVICE), torch.tensor([0, 2])
+        there = index.to(DEVICE)
     for wait in (
         lambda: x.sum().item(),
         lambda: x.cpu(),
@@ -127,11 +128,12 @@ def test_waits_are_noticed(gpu):
         lambda: x.nonzero(),
         lambda: x[index],
         lambda: index.to(DEVICE),
+        lambda: x.index_put_((there,), torch.tensor(1.0)),
         lambda: torch.tensor([1.0, 2.0], device=DEVICE),
     ):
         with pytest.raises(WaitsForDevice):
             wait()
-    assert x[index.to(DEVICE, non_blocking=True)].shape == (2, 4)
+    assert (x[index.to(DEVICE, non_blocking=True)] + torch.tensor(1.0)).shape == (2, 4)
 
 
 def test_launches_of_an_augmented_batch(gpu, monkeypatch, tmp_path):

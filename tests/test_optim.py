@@ -7,9 +7,10 @@ from argparse import Namespace
 import pytest
 import torch
 from helpers import SIZES
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import create_model
-from utils.optim import Chain, make_optimizer, make_scaler, parameter_groups
+from utils.optim import Average, Chain, make_optimizer, make_scaler, parameter_groups
 from utils.scheduler import learning_rate
 
 MODELS = [
@@ -51,6 +52,19 @@ def test_layer_decay_rises_to_the_head():
     assert scale[id(model.blocks[1].mlp.fc1.weight)] == 0.5
     assert scale[id(model.blocks[0].attn.qkv.bias)] == 0.25
     assert scale[id(model.pos_embed)] == scale[id(model.patch_embed.proj.weight)] == 0.125
+
+
+def test_average_is_torchs():
+    model = create_model("ViT-Ti_16", "BN", image_size=16, num_classes=10, patch_size=4, **SIZES)
+    mine, theirs = Average(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(4, 3, 16, 16))  # changes the running statistics
+        mine.update_parameters(model), theirs.update_parameters(model)
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(mine.state_dict()[name], value) for name, value in theirs.state_dict().items())
 
 
 def flags(opt: str) -> Namespace:

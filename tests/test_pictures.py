@@ -26,6 +26,7 @@ KINDS += ["errors", "patches", "position"]
 
 RUNS = {  # the flags that follow TINY's
     "ViT": [],
+    "bf16": ["--bf16"],
     "BN": ["--norm_type", "BN"],
     "Rescale": ["--norm_type", "Rescale"],
     "stem": "--patch_size 4 --stem conv".split(),
@@ -200,7 +201,7 @@ def test_small_helpers():
 # ---------------------------------------------------------------- eval.py --plot
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Rescale", "DEMS", "MViT"])
+@pytest.mark.parametrize("kind", ["ViT", "bf16", "Rescale", "DEMS", "MViT"])
 def test_every_picture_of_every_model(trained, folder, capsys, kind):
     path = trained(kind)
     capsys.readouterr()

@@ -151,6 +151,7 @@ def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device
         worker_init_fn=_ignore_interrupts,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else it would draw from the one that dropout uses
     )
     for loaded in loader:
         if isinstance(loaded, str):

@@ -70,7 +70,9 @@ def keep_memory() -> None:
 
 
 def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -> Processes:
-    """Choose the device, and join the process group if torchrun's environment is there; on a CPU, `keep_memory`.
+    """Choose the device, and join the process group if torchrun's environment is there.
+
+    On a CPU, `keep_memory`; on GPUs float32 products may round their factors to TF32.
 
     Args:
         device: 'auto', 'cpu', 'cuda' or 'mps'.
@@ -83,6 +85,7 @@ def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -
     world = world_size()
     local_rank = int(os.environ["LOCAL_RANK"]) if world > 1 else 0
     chosen = _device(device, local_rank if world > 1 else gpu_id)
+    torch.set_float32_matmul_precision("high")
     if chosen.type == "cpu":
         keep_memory()
     if world == 1:
@@ -241,7 +244,7 @@ def sync_batchnorm(model: torch.nn.Module, device: torch.device) -> torch.nn.Mod
 
 def statistics_of(model: torch.nn.Module) -> list[torch.Tensor]:
     """Floating-point buffers that training changes and checkpoints keep, such as BatchNorm's running statistics."""
-    parameters = {name for name, _ in model.named_parameters()}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state = model.state_dict()
     return [state[name] for name in state if name not in parameters and state[name].is_floating_point()]
 

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def parameter_groups(
@@ -90,6 +91,22 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
                 part.append({**group, "params": params})
     muon = torch.optim.Muon(parts[0], lr=args.learning_rate, adjust_lr_fn="match_rms_adamw")
     return Chain(muon, torch.optim.AdamW(parts[1], **adamw))
+
+
+class Average(AveragedModel):
+    """Exponential moving average of a model's weights, as torch's, which would wait for a GPU at every update."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        if self.n_averaged == 0:
+            return super().update_parameters(model)  # a copy
+        self.multi_avg_fn(list(self.module.parameters()), list(model.parameters()), None)
+        for mine, new in zip(self.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(new)
+        self.n_averaged += 1
 
 
 def make_scaler(loss_scale: float, device: torch.device, precision: str) -> torch.amp.GradScaler:
