@@ -102,7 +102,8 @@ def load_run(path: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
         )
     try:
         state |= options.recorded(path, state)
-        config, weights = state["config"], state.pop("model")
+        config, weights = state["config"], checkpoint.kept_weights(state)
+        state.pop("model")
         if config["num_classes"] != len(state["classes"]) or config["image_size"] != state["args"]["img_size"]:
             raise ValueError("its model is not for its classes and images")
         if type(state["step"]) is not int or state["precision"] not in ("fp32", "bf16", "fp16"):
@@ -275,7 +276,9 @@ def run_main(main, args: argparse.Namespace) -> None:
                 raise UserError(f"--compile: torch cannot compile the model here ({reason}); leave it out") from None
             if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
                 raise
-            raise UserError(f"out of memory ({reason}); fewer images per pass, or a smaller model") from None
+            raise UserError(
+                f"out of memory ({reason}); fewer images per pass, or a smaller model", alone=True
+            ) from None
 
     cli.run_main(in_one_line, args, dist_util.stop)
 

@@ -252,6 +252,21 @@ def test_random_boxes_as_torchvision(height, width, scale):
         assert abs(a.std() - b.std()) < 0.06 * spread + 1e-9
 
 
+def test_pad_moves_and_mirrors_each_image_within_its_own_size():
+    sizes = torch.tensor([[20, 60], [20, 20], [33, 9], [8, 8]])
+    padded = torch.zeros(8, 3, 33, 60, dtype=torch.uint8)
+    for image, (h, w) in zip(padded, sizes.repeat(2, 1).tolist(), strict=True):
+        image[:, :h, :w] = torch.randint(1, 256, (3, h, w), generator=seeded())
+    augment = Augment(16, [0.5] * 3, [0.5] * 3, pad=4, flip=True)
+    params = augment.draw(sizes.repeat(2, 1), seeded())
+    params["flip"] = torch.arange(8) < 4  # each of them, mirrored and not
+    out = augment(padded, params)
+    for i, (h, w) in enumerate(sizes.repeat(2, 1).tolist()):
+        alone = augment(padded[[i], :, :h, :w], {name: value[[i]] for name, value in params.items()})
+        assert torch.allclose(out[i], alone[0], atol=1e-5)
+        assert (out[i] > -1).any()  # not black
+
+
 def test_pad_as_a_loop(clothes):
     offsets = torch.randint(0, 9, (len(clothes), 2), generator=seeded())
     offsets[:2] = torch.tensor([[0, 0], [8, 8]])

@@ -171,6 +171,18 @@ def test_signal_saves_and_leaves_with_its_status(reference, tmp_path, how):
     assert_same_run(tmp_path, reference)
 
 
+def test_signal_to_the_whole_group_leaves_streaming_workers_alone(tmp_path):
+    """As torchrun and SLURM send it."""
+    write_folder(tmp_path / "data", per_class=20)
+    words = ["--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--memory_limit", 0, "--num_workers", 2]
+    process = start(*RUN, "--num_steps", 5000, *words, *places(tmp_path), start_new_session=True)
+    wait_for((tmp_path / "output" / LAST).exists, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM and "Error" not in error
+    assert "Signal 15 after step" in (tmp_path / "output" / f"{ID}.txt").read_text()
+
+
 def test_second_interrupt_leaves_at_once(tmp_path):
     process = start(*RUN, *places(tmp_path), pause=30)
     wait_for(lambda: list((tmp_path / "output").glob(".*.tmp")), process)

@@ -295,6 +295,16 @@ def test_dry_run_says_what_would_happen(swept):
     assert "--train_batch_size 64 --dataset" in out  # the user's flags come last
 
 
+def test_epochs_that_make_the_same_steps_are_no_difference():
+    recorded = dict(num_steps=16, epochs=0.1024, learning_rate=0.03)
+    for epochs, names in ((0.1, []), (0.1024, []), (0.12, ["num_steps"])):
+        assert results.differing(recorded, dict(num_steps=None, epochs=epochs, learning_rate=0.03)) == names
+    assert results.differing(recorded, dict(num_steps=17, epochs=None, learning_rate=0.01)) == [
+        "num_steps",
+        "learning_rate",
+    ]
+
+
 def test_the_whole_sweep_is_the_published_one(tmp_path):
     env = dict(DRY_RUN="1", ARCHS="")
     lines = [line for line in Sweep(tmp_path).run(**env)[0].splitlines() if " train.py " in line]

@@ -130,6 +130,18 @@ def workers_left(words: list) -> list[str]:
     return found
 
 
+def test_mistake_that_one_process_meets_is_told(tmp_path):
+    write_folder(tmp_path / "data", per_class=1, classes=("cat", "dog"), splits=("train", "test"))
+    broken = tmp_path / "data" / "train" / "dog" / "000.png"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    words = ["--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--memory_limit", 0, "--num_workers", 0]
+    for seed in (1, 2, 3, 4):  # so that either process has met it
+        words_of_seed = [*WORDS, *words, "--train_batch_size", 2, "--seed", seed, *places(tmp_path / str(seed))]
+        agent = launch(*words_of_seed, options=("--rdzv-endpoint", "localhost:0"))
+        out = agent.communicate(timeout=120)[0]
+        assert agent.returncode == 1 and f"{broken}: not a readable image" in out, out
+
+
 def test_locked_run_refuses_all_processes(tmp_path):
     words = [*WORDS, "--num_steps", 5000, *places(tmp_path)]
     first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, words)], cwd=ROOT)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -174,6 +175,17 @@ def test_averaged_weights_resume_and_are_what_is_kept(tmp_path):
     call("train.py", *words, *places(tmp_path / "b"))
     again = torch.load(tmp_path / "b" / "output" / f"{ID}_last.bin", weights_only=True)
     assert same(again["average"], last["average"]) and losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_last_save_of_a_run_with_an_average_is_scored_by_that(tmp_path):
+    words = [*TINY, "--name", "run", "--num_steps", 6, "--ema_decay", 0.9, "--eval_every", 3, "--lr", 0.5]
+    out = call("train.py", *words, "--warmup_steps", 0, *places(tmp_path)).stdout
+    score = re.findall(r"Valid Accuracy: ([\d.]+)", out)[-1]
+    assert re.findall(r"raw weights: ([\d.]+)", out)[-1] != score
+    last = tmp_path / "output" / f"{ID}_last.bin"
+    assert f"Top-1 accuracy: {score}" in call("eval.py", last).stdout
+    out = call("train.py", *words, "-v", "--load_model_dir", last, *places(tmp_path)).stdout
+    assert f"Valid Accuracy: {score}" in out
 
 
 def test_fine_tuning_takes_classes_and_normalisation_along(tmp_path):

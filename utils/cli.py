@@ -14,7 +14,15 @@ MAX_REAL = 1e30  # of any other number
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line on stderr, exit status 2."""
+    """A mistake of the user: one line on stderr, exit status 2.
+
+    Attributes:
+        alone: of several processes only this one has met it, so the line is its to print, whichever it is.
+    """
+
+    def __init__(self, message: str, *, alone: bool = False):
+        super().__init__(message)
+        self.alone = alone
 
 
 def one_line(text: str) -> str:
@@ -116,7 +124,7 @@ def boolean(text: str) -> bool:
 def run_main(main, args: argparse.Namespace, at_end=None) -> None:
     """Call a script's main and leave with its status; a UserError becomes one line and status 2.
 
-    Every process of a node would print the same line, so only the first one does.
+    Every process of a node would print the same line, so only the first one does, if it isn't one's alone.
 
     Args:
         main: called with `args`, returns the exit status.
@@ -126,7 +134,7 @@ def run_main(main, args: argparse.Namespace, at_end=None) -> None:
     try:
         status = main(args)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or error.alone:
             print(f"{Path(sys.argv[0]).name}: error: {one_line(str(error))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ once, with a cache beside the data. Larger folders stream through worker process
 functions of (seed, step), for the whole batch of an update, of which each process takes its slice.
 """
 
+import os
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from utils.augment import Augment, Mix
 from utils.cli import UserError
+from utils.dist_util import SIGNALS
 from utils.readers import FASHION_CLASSES, MINI, Files, ImageSet, download, idx_set, image_folder, named, read_image
 
 
@@ -124,9 +126,21 @@ def _as_is(batch):
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one ends the workers when it is done with them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_group(worker: int) -> None:
+    """Ctrl-C, torchrun and SLURM signal whole process groups; the main process ends its workers when it is done."""
+    os.setpgid(0, 0)
+    for signum in signal.sigpending() & {*SIGNALS}:
+        signal.sigwait([signum])  # it came before
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """Start the workers, which no signal reaches before they have left the group."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device, num_workers: int) -> Iterator:
@@ -148,14 +162,14 @@ def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device
         _Decode(data.source.paths, augment.size),
         batch_sampler=requests(),
         collate_fn=_as_is,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_group,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it would draw from the one that dropout uses
     )
-    for loaded in loader:
+    for loaded in _start(loader):
         if isinstance(loaded, str):
-            raise UserError(loaded)
+            raise UserError(loaded, alone=True)
         images, sizes = loaded
         index, params = planned.popleft()
         if "box" in params:  # cut already

@@ -22,6 +22,7 @@ from utils.cli import (
 
 DATASETS = ("cifar10", "cifar100", "fashionmnist", "fashionmnist-mini", "emnist", "caltech101", "imagefolder")
 PLOTS = ("attention", "position", "patches", "errors")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # for this process
 MAX_IMAGES = 8  # that pictures of attention have room for
 MAX_RUN_ID = 200  # bytes; file systems take 255, and suffixes and temporary names come on top
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
@@ -58,7 +59,7 @@ NOT_SETTINGS = frozenset(
 def _add_device_flags(group) -> None:
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes the GPU if any [auto]")
     group.add_argument("--gpu_id", type=count, default=0, help="which GPU, for one process; torchrun's LOCAL_RANK otherwise [0]")
-    group.add_argument("--num_workers", type=bounded(int, 0, 1024), default=min(4, os.cpu_count() or 1), help="processes that decode a set too large for memory [4, or the cores]")
+    group.add_argument("--num_workers", type=bounded(int, 0, 1024), default=min(4, CORES), help="processes that decode a set too large for memory [4, or the cores]")
     group.add_argument("--memory_limit", type=non_negative, default=None, metavar="GIB", help="splits of image folders up to this size as uint8 are kept in memory, larger ones are streamed [a quarter of what is free on the training device and on the host; a continued run keeps its limit]")
     group.add_argument("--eval_batch_size", type=positive_int, default=None, help="images per forward pass in evaluation, per process [256]")
 

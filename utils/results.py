@@ -416,6 +416,10 @@ def time_like(runs: list[Run], settings: dict) -> tuple[float, Run] | None:
 
 def differing(recorded: dict, wanted: dict) -> list[str]:
     """Settings in which a recorded run differs from flags; those that only the data will decide are left out."""
+    epochs, steps = recorded.get("epochs"), recorded.get("num_steps")
+    if wanted["num_steps"] is None and steps and epochs and _is(epochs, float, 1e30):
+        steps = max(1, round(wanted["epochs"] * steps / epochs))  # which the epochs were rounded to
+        wanted = wanted | dict(epochs=None, num_steps=steps)
     return [key for key in wanted if wanted[key] is not None and key in recorded and recorded[key] != wanted[key]]
 
 

@@ -1,10 +1,12 @@
 """Pictures: tensors on the CPU in, a PNG out. matplotlib is imported where one is drawn, as it takes a while."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names may be in any script
 DPI = 150
 
 
