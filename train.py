@@ -45,7 +45,7 @@ from utils.run_lock import RunLock
 from utils.scheduler import learning_rate
 
 SAVE_SECONDS = 300  # _last.bin is never older than this,
-SAVE_TIMES = 20  # and at an evaluation not older than so many times what saving takes, a twentieth of the time at most
+SAVE_TIMES = 20  # and after an evaluation not older than so many times what a save takes: a twentieth of the time
 
 
 class NonFinite(ArithmeticError):
@@ -148,7 +148,7 @@ class Run:
         self.bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite
         self.seconds = 0.0  # spent before this process
         self.started = self.saved = time.monotonic()
-        self.saving = 0.0  # seconds that the last save took
+        self.save_took = 0.0  # seconds, the last time
         self.log = RunLog(args.output_dir, args.log_dir, self.id, enabled=processes.main)
 
     # ------------------------------------------------------------ files
@@ -198,7 +198,7 @@ class Run:
             log=self.log.position(),
         )
         self.saved = time.monotonic()
-        self.saving = self.saved - began
+        self.save_took = self.saved - began
 
     def begin_or_resume(self) -> None:
         """Go on from `_last.bin`, or from the one before if it is damaged, as if nothing had happened; or begin."""
@@ -399,8 +399,8 @@ class Run:
             if evaluated:
                 self.validate()
                 mark, mark_step = time.monotonic(), self.step
-            age = SAVE_TIMES * self.saving if evaluated else SAVE_SECONDS
-            due = p.main and time.monotonic() - self.saved > min(age, SAVE_SECONDS)
+            oldest = min(SAVE_SECONDS, SAVE_TIMES * self.save_took) if evaluated else SAVE_SECONDS
+            due = p.main and time.monotonic() - self.saved > oldest
             # signals and clocks differ between processes: what one has seen, all act upon, at the same step
             wish = dist_util.largest(interrupt.signum or (signal.NSIG if due else 0))
             if at_end or wish or (args.save_every and self.step % args.save_every == 0):

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import report
+from common import report, set_up
 from PIL import Image
 from pipeline import TIMM_STRONG, timm_transform
 
-from models import MODELS, NORM_TYPES, model_sizes
 from train import Run
-from utils import data_utils, dist_util, options
+from utils import data_utils
 
 MODEL = "--model_type ViT-Ti_16 --img_size 28 --patch_size 4 --dim 64 --depth 4 --heads 4 --mlp_dim 256 --dropout 0"
 TRAINING = "--opt adamw --lr 2e-3 --weight_decay 0.05 --train_batch_size 128 --num_steps 1000 --warmup_steps 100"
@@ -42,6 +41,23 @@ def pillow_batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield images.to(run.device), data.labels[index].to(run.device)
 
 
+def score(words: list[str], by_timm: bool) -> tuple[Run, float]:
+    """Train with one side's images; the run, and its accuracy on the test images in percent."""
+    with tempfile.TemporaryDirectory() as folder:
+        args, processes, data = set_up([*words, "--output_dir", folder, "--log_dir", folder, "--memory_limit", "8"])
+        run = Run(args, processes, data, keep_head=False)
+        batches = pillow_batches(run)
+        if not by_timm:
+            batches = data_utils.train_batches(
+                data.train, run.augment, seed=args.seed, start=0, stop=args.num_steps,
+                batch_size=args.train_batch_size, device=run.device,
+            )  # fmt: skip
+        run.model.train()
+        while run.step < args.num_steps:
+            run.update(batches)
+        return run, 100 * run.evaluate(run.candidate, data.test)["accuracy"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -52,28 +68,10 @@ def main() -> None:
     scores = {"this project, in batches": [], "timm, image by image": []}
     for seed in own.seeds:
         for name, found in scores.items():
-            with tempfile.TemporaryDirectory() as folder:
-                places = ["--output_dir", folder, "--log_dir", folder, "--memory_limit", "8"]
-                words = [*WORDS, *rest, "--seed", str(seed), *places]
-                args = options.parse_train_args(words, MODELS, NORM_TYPES, model_sizes)
-                processes = dist_util.start(args.device, args.gpu_id)
-                options.resolve_normalization(args, None)
-                data = data_utils.load_data(args)
-                data_utils.to_device(data, processes.device)
-                options.resolve_steps(args, len(data.train))
-                run = Run(args, processes, data, keep_head=False)
-                if name.startswith("timm"):
-                    batches = pillow_batches(run)
-                else:
-                    batches = data_utils.train_batches(
-                        data.train, run.augment, seed=seed, start=0, stop=args.num_steps,
-                        batch_size=args.train_batch_size, device=run.device,
-                    )  # fmt: skip
-                run.model.train()
-                while run.step < args.num_steps:
-                    run.update(batches)
-                found.append(100 * run.evaluate(run.candidate, data.test)["accuracy"])
-                print(f"{name}, seed {seed}: {found[-1]:.2f}", flush=True)
+            run, accuracy = score([*WORDS, *rest, "--seed", str(seed)], by_timm=name.startswith("timm"))
+            found.append(accuracy)
+            print(f"{name}, seed {seed}: {accuracy:.2f}", flush=True)
+    args = run.args
     rows = [
         {
             "augmentation": name,

@@ -27,6 +27,20 @@ def machine(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__}; {date.today()}"
 
 
+def set_up(words: list[str]):
+    """What train.py makes of its flags: the resolved flags, this process's place, and the data on the device."""
+    from models import MODELS, NORM_TYPES, model_sizes
+    from utils import data_utils, dist_util, options
+
+    args = options.parse_train_args(words, MODELS, NORM_TYPES, model_sizes)
+    processes = dist_util.start(args.device, args.gpu_id)
+    options.resolve_normalization(args, None)
+    data = data_utils.load_data(args)
+    data_utils.to_device(data, processes.device)
+    options.resolve_steps(args, len(data.train))
+    return args, processes, data
+
+
 def take_turns(
     contestants: dict[str, Callable[[], object]], *, device: torch.device, rounds: int = 5, seconds: float = 1.0
 ) -> dict[str, list[float]]:

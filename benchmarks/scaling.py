@@ -16,12 +16,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import rate, report, take_turns
+from common import rate, report, set_up, take_turns
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models import MODELS, NORM_TYPES, model_sizes
+from models import NORM_TYPES
 from train import Run, gflops
-from utils import data_utils, dist_util, options
+from utils import data_utils
 from utils.readers import Uniform
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,18 +32,11 @@ SIZES = "--dim 128 --depth 6 --heads 4 --mlp_dim 512".split()
 
 def updates(words: list[str], folder: str, copies: int = 1):
     """A function that takes one update, counted FLOPs and images of it, and its device."""
-    args = options.parse_train_args(
-        ["--name", "scaling", *BASE, *SIZES, "--output_dir", folder, "--log_dir", folder, *words],
-        MODELS, NORM_TYPES, model_sizes,
-    )  # fmt: skip
-    processes = dist_util.start(args.device, args.gpu_id)
-    options.resolve_normalization(args, None)
-    data = data_utils.load_data(args)
+    flags = ["--name", "scaling", *BASE, *SIZES, "--output_dir", folder, "--log_dir", folder, *words]
+    args, processes, data = set_up(flags)
     train = data.train
     train.source = Uniform(train.source.images.repeat(copies, 1, 1, 1))
     train.ids, train.labels = torch.arange(copies * len(train.ids)), train.labels.repeat(copies)
-    data_utils.to_device(data, processes.device)
-    options.resolve_steps(args, len(train))
     run = Run(args, processes, data, keep_head=False)
     run.model.train()
     batches = data_utils.train_batches(

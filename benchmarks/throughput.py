@@ -24,12 +24,12 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from common import rate, report, take_turns, times_faster
+from common import rate, report, set_up, take_turns, times_faster
 from torch import nn
 
-from models import MODELS, NORM_TYPES, model_sizes
+from models import model_sizes
 from train import Run, gflops
-from utils import data_utils, dist_util, options
+from utils import data_utils, dist_util
 
 
 class PlainBlock(nn.Module):
@@ -139,14 +139,8 @@ def main() -> None:
     folder = tempfile.TemporaryDirectory()
     words = "--name speed --dataset fashionmnist-mini --memory_limit 8 --opt adamw --dropout 0".split()
     words += ["--output_dir", folder.name, "--log_dir", folder.name, *rest]
-    args = options.parse_train_args(words, MODELS, NORM_TYPES, model_sizes)
-    processes = dist_util.start(args.device, args.gpu_id)
+    args, processes, data = set_up(words)
     device, batch_size = processes.device, args.train_batch_size
-    options.resolve_normalization(args, None)
-    data = data_utils.load_data(args)
-    data_utils.to_device(data, device)
-    options.resolve_steps(args, len(data.train))
-
     fed, held = (Run(args, processes, data, keep_head=False) for _ in range(2))
     fed.model.train(), held.model.train()
     # as at the beginning of an endless training, where --aug dems is strongest

@@ -174,9 +174,10 @@ class Augment:
         """
         chosen, params = params, {name: value.to(images.device, non_blocking=True) for name, value in params.items()}
         boxes, flips = params.get("box"), params.get("flip")
-        if "offset" in params:  # what has a box is mirrored within that
-            images = shift(images, params["offset"], self.pad, flips if boxes is None else None)
-            flips = flips if boxes is not None else None
+        if "offset" in params and boxes is not None:
+            images = shift(images, params["offset"], self.pad)  # each is mirrored below, within its box
+        elif "offset" in params:
+            images, flips = shift(images, params["offset"], self.pad, flips), None
         if boxes is not None and not self.rotation and not self.operations:
             normal = dict(factor=self.factor, bias=self.bias, dtype=self.dtype)
             x = crop_flip_resize(images, boxes, flips, self.size, self.interpolation, **normal)

@@ -111,7 +111,8 @@ def _fuse_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _state_dict(obj) -> dict[str, torch.Tensor]:
     """Find the tensors in what a torch file held: bare, or under `model` or `state_dict`; drop wrappers' prefixes."""
-    obj = kept_weights(obj)
+    if isinstance(obj, dict) and isinstance(obj.get("average"), dict):
+        obj = kept_weights(obj)
     for key in ("model", "state_dict"):
         if isinstance(obj, dict) and isinstance(obj.get(key), dict):
             obj = obj[key]
@@ -121,12 +122,13 @@ def _state_dict(obj) -> dict[str, torch.Tensor]:
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in tensors.items()}
 
 
-def kept_weights(state):
-    """What a run evaluates and keeps: in `_last.bin` with --ema_decay the average, else `model`; else all there is."""
-    average = state.get("average") if isinstance(state, dict) else None
-    if isinstance(average, dict):
-        return {str(name).removeprefix("module."): value for name, value in average.items() if name != "n_averaged"}
-    return state["model"] if isinstance(state, dict) and "model" in state else state
+def kept_weights(state: dict) -> dict:
+    """Weights that the run of a checkpoint evaluates and keeps: its `average`, where there is one, else its `model`."""
+    if not isinstance(state.get("average"), dict):
+        return state["model"]
+    named = {str(name).removeprefix("module."): value for name, value in state["average"].items()}
+    named.pop("n_averaged", None)
+    return named
 
 
 def _is_whole(path: Path) -> bool | None:

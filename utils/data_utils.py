@@ -134,7 +134,7 @@ def _leave_group(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _start(loader: DataLoader) -> Iterator:
+def _start_workers(loader: DataLoader) -> Iterator:
     """Start the workers, which no signal reaches before they have left the group."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -167,7 +167,7 @@ def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it would draw from the one that dropout uses
     )
-    for loaded in _start(loader):
+    for loaded in _start_workers(loader):
         if isinstance(loaded, str):
             raise UserError(loaded, alone=True)
         images, sizes = loaded
