@@ -9,11 +9,9 @@ Parameter names follow the published weight files.
 Trained parameters at 32 px, patch 2, 10 classes: DEMS-Ti 5,582,888; DEMS-S 22,218,504. Published top-1 on CIFAR-10:
 96.03 and 96.20, fine-tuned 96.74 and 97.76.
 
-    model = DEMS(image_size=32, patch_size=2, num_classes=10, dim=192, depth=12, heads=3, mlp_dim=768)
-    logits = model(torch.randn(8, 3, 32, 32))   # (8, 10)
+    DEMS(image_size=32, patch_size=2, num_classes=10, dim=192, depth=12, heads=3, mlp_dim=768)
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -89,22 +87,21 @@ class DepthwisePatchEmbed(PatchEmbed):
     def __init__(self, channels: int, dim: int, patch_size: int):
         nn.Module.__init__(self)
         side = patch_size // 4
-        self.proj = nn.Sequential(
-            OrderedDict(
-                [
-                    ("proj-1", nn.Conv2d(channels, channels, side, stride=side, groups=channels, bias=False)),
-                    ("proj-2", nn.Conv2d(channels, channels, 4, stride=4, groups=channels, bias=False)),
-                    ("point_wise", nn.Conv2d(channels, dim, 1)),
-                ]
-            )
-        )
+        self.proj = nn.Sequential()
+        self.proj.add_module("proj-1", nn.Conv2d(channels, channels, side, side, groups=channels, bias=False))
+        self.proj.add_module("proj-2", nn.Conv2d(channels, channels, 4, 4, groups=channels, bias=False))
+        self.proj.add_module("point_wise", nn.Conv2d(channels, dim, 1))
+
+    def kernel(self) -> torch.Tensor:
+        """The kernel (dim, channels, patch, patch) of the one convolution that the three amount to."""
+        fine, coarse, mix = (module.weight for module in self.proj)  # (c, 1, s, s), (c, 1, 4, 4), (d, c, 1, 1)
+        both = [torch.kron(outer[0], inner[0]) for outer, inner in zip(coarse, fine, strict=True)]
+        return mix * torch.stack(both)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
-    """Scaled dot-product attention of (b, h, n, d) queries over (b, h, m, d) keys and values.
-
-    In bfloat16 a CPU trains it 2 to 7 times faster as plain products; otherwise torch chooses the kernel.
-    """
+    """Scaled dot-product attention of queries (b, h, n, d) over keys and values (b, h, m, d)."""
+    # In bfloat16 a CPU trains it 2 to 7 times faster as plain products; otherwise torch chooses the kernel.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
         return F.dropout(weights, dropout_p).to(v.dtype) @ v
@@ -116,8 +113,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, attn_drop: float = 0.0):
         super().__init__()
-        self.heads = heads
-        self.attn_drop = attn_drop
+        self.heads, self.attn_drop = heads, attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
@@ -191,44 +187,23 @@ class Merge(nn.Module):
 class DEMS(nn.Module):
     """Vision Transformer over patches of four sizes, merged region by region.
 
-    Args:
-        image_size: side in pixels, or (height, width); a multiple of 8 patches.
-        patch_size: side of the smallest patch in pixels.
-        num_classes: size of the head.
-        dim, depth, heads, mlp_dim: width, number of blocks, attention heads, hidden width of the MLPs.
-        merge_num: tokens that each region keeps at each merge.
-        merge_layer: the blocks that the merges come before, counted from 1.
-        channels: of the input.
-        dropout: after the embeddings and after both MLP layers.
-        attn_drop: on the attention weights.
-        drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
+    Args, where they are not as ViT's:
+        image_size, patch_size: sides in pixels, of the image (a multiple of 8 patches) and of the smallest patch.
+        merge_num, merge_layer: tokens that each region keeps at each merge; the blocks, from 1, that it comes before.
         conv_stem: a `ConvStem` for the smaller two patches; patch_size is a power of 2.
 
-    Raises:
-        ValueError: sizes that don't divide, or merges that don't fit.
+    ValueError: sizes that don't divide, or merges that don't fit.
     """
 
     scales = (8, 4, 2, 1)  # patches along the side of a region
     region = sum(side**2 for side in scales)  # 85 tokens
 
     def __init__(
-        self,
-        *,
-        image_size: int | tuple[int, int],
-        patch_size: int,
-        num_classes: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_dim: int,
-        merge_num: Sequence[int] = (64, 64),
-        merge_layer: Sequence[int] = (6, 10),
-        channels: int = 3,
-        dropout: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
+        self, *, image_size: int | tuple[int, int], patch_size: int, num_classes: int, dim: int, depth: int,
+        heads: int, mlp_dim: int, merge_num: Sequence[int] = (64, 64), merge_layer: Sequence[int] = (6, 10),
+        channels: int = 3, dropout: float = 0.0, attn_drop: float = 0.0, drop_path: float = 0.0,
         conv_stem: bool = False,
-    ):
+    ):  # fmt: skip
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % (8 * patch_size) or width % (8 * patch_size):
@@ -251,7 +226,6 @@ class DEMS(nn.Module):
         self.image_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.regions = (self.grid[0] // 8, self.grid[1] // 8)
-
         embed = ConvPatchEmbed if conv_stem else PatchEmbed
         self.patch_embed = embed(channels, dim, patch_size)
         self.patch_embed_2 = embed(channels, dim, 2 * patch_size)
@@ -284,10 +258,6 @@ class DEMS(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves out: none, the published training decays everything."""
-        return set()
-
     def by_region(self, grids: list[torch.Tensor]) -> torch.Tensor:
         """Tokens of the four scales, each (b, n, d) row by row -> sorted by regions, (b, regions * 85, d)."""
         rows, columns = self.regions
@@ -297,16 +267,16 @@ class DEMS(nn.Module):
         ]
         return rearrange(torch.cat(sorted_grids, dim=2), "b r n d -> b (r n) d")
 
+    def patches(self) -> list[tuple[PatchEmbed, torch.Tensor]]:
+        """Patch embedding and position embedding of each scale, from patch side p to 8p."""
+        embeds = (self.patch_embed, self.patch_embed_2, self.patch_embed_4, self.patch_embed_8)
+        return list(zip(embeds, (self.pos_embed, self.pos_embed_2, self.pos_embed_4, self.pos_embed_8), strict=True))
+
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Image (b, c, h, w) -> class token and the regions' tokens with their positions, (b, 1 + regions * 85, d)."""
         if x.shape[-2:] != self.image_size:
             raise ValueError(f"the image is {x.shape[-2]}x{x.shape[-1]}, the model expects {self.image_size}")
-        grids = [
-            self.patch_embed(x) + self.pos_embed,
-            self.patch_embed_2(x) + self.pos_embed_2,
-            self.patch_embed_4(x) + self.pos_embed_4,
-            self.patch_embed_8(x) + self.pos_embed_8,
-        ]
+        grids = [embed(x) + table for embed, table in self.patches()]
         cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=x.shape[0])
         return self.dropout(torch.cat([cls, self.by_region(grids)], dim=1))
 
@@ -330,7 +300,7 @@ class DEMS(nn.Module):
         n = 1 + regions * 85, the tokens before any merge, in every block: what a merged token receives goes to the
         tokens it is the mean of, by their shares in it, and a token looks with the mean of the merged tokens that hold
         it, by the same shares; rows still sum to 1. Order: class token, then the scales from patch side p to 8p, each
-        row by row, so that the finest grid stands where ViT has it.
+        row by row.
         """
         x = self.embed(x)
         n_regions = self.regions[0] * self.regions[1]
@@ -349,8 +319,21 @@ class DEMS(nn.Module):
             gather = F.normalize(spread.transpose(-2, -1), p=1, dim=-1)
             maps.append(gather @ block.attn.weights(block.norm1(x)).float() @ spread)
             x = block(x)
-
         sizes = [n_regions * side**2 for side in self.scales]
         order = self.by_region([rearrange(part, "n -> 1 n 1") for part in torch.arange(sum(sizes)).split(sizes)])
         place = torch.cat([torch.zeros(1, dtype=torch.long), 1 + order.flatten().argsort()]).to(x.device)
         return torch.stack(maps, dim=1)[..., place, :][..., place]
+
+    def token_layout(self) -> dict:
+        """Where tokens stand in `attention_maps`, their positions and filters; see models/__init__.py."""
+        scales, start = [], 1
+        for side, (embed, table) in zip(self.scales, self.patches(), strict=True):
+            grid = (self.regions[0] * side, self.regions[1] * side)
+            name = f"{self.image_size[0] // grid[0]} px patches"
+            if isinstance(embed, ConvPatchEmbed):
+                filters = (f"{name}, first convolution", embed.stem.layers[0].weight)
+            else:
+                filters = (name, embed.kernel() if isinstance(embed, DepthwisePatchEmbed) else embed.proj.weight)
+            scales.append(dict(name=name, grid=grid, first=start, start=start, positions=table[0], filters=filters))
+            start += grid[0] * grid[1]
+        return dict(class_token=0, scales=scales)

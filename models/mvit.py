@@ -6,8 +6,7 @@ the head reads an attention pooling of the finest scale's tokens. Parameter name
 
 Published MViT-Ti on CIFAR-10 (32 px, patch 2, scales 16 and 32): 5,842,378 parameters, top-1 96.58.
 
-    model = MViT(image_size=32, patch_size=2, num_classes=10, dim=192, depth=12, heads=12, mlp_dim=768)
-    logits = model(torch.randn(8, 3, 32, 32))   # (8, 10)
+    MViT(image_size=32, patch_size=2, num_classes=10, dim=192, depth=12, heads=12, mlp_dim=768)
 """
 
 from collections.abc import Sequence
@@ -53,10 +52,8 @@ class PatchEmbed(nn.Module):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
-    """Scaled dot-product attention of (b, h, n, d) queries over (b, h, m, d) keys and values.
-
-    In bfloat16 a CPU trains it 2 to 7 times faster as plain products; otherwise torch chooses the kernel.
-    """
+    """Scaled dot-product attention of queries (b, h, n, d) over keys and values (b, h, m, d)."""
+    # In bfloat16 a CPU trains it 2 to 7 times faster as plain products; otherwise torch chooses the kernel.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
         return F.dropout(weights, dropout_p).to(v.dtype) @ v
@@ -68,8 +65,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, lengths: Sequence[int], attn_drop: float = 0.0):
         super().__init__()
-        self.heads = heads
-        self.attn_drop = attn_drop
+        self.heads, self.attn_drop = heads, attn_drop
         self.spans = [(sum(lengths[:i]), sum(lengths[: i + 1])) for i in range(len(lengths))]
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -110,15 +106,9 @@ class Block(nn.Module):
     """x + gamma_1 attention(norm(x)), then x + gamma_2 mlp(norm(x))."""
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        mlp_dim: int,
-        lengths: Sequence[int],
-        dropout: float,
-        attn_drop: float,
+        self, dim: int, heads: int, mlp_dim: int, lengths: Sequence[int], dropout: float, attn_drop: float,
         drop_path: float,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, lengths, attn_drop)
@@ -159,38 +149,20 @@ class AttentionPool(nn.Module):
 class MViT(nn.Module):
     """Vision Transformer over several resolutions in one sequence.
 
-    Args:
-        image_size: side in pixels of the input, or (height, width).
-        patch_size: side of a patch in pixels, the same in every scale.
-        num_classes: size of the head.
-        dim, depth, heads, mlp_dim: width, number of blocks, heads of the blocks and of the pooling, width of the MLPs.
+    Args, where they are not as ViT's:
+        patch_size, heads: the same in every scale; of the blocks, and of the pooling.
         image_sizes: the scales, each a side or (height, width), coarse to fine, the last equal to `image_size`;
             None for half the size and the size itself.
-        channels: of the input.
-        dropout: after the embeddings and after both MLP layers.
-        attn_drop: on the attention weights of the blocks.
         drop_path: stochastic depth, the same in every block.
 
-    Raises:
-        ValueError: sizes that don't divide, or scales out of order.
+    ValueError: sizes that don't divide, or scales out of order.
     """
 
     def __init__(
-        self,
-        *,
-        image_size: int | tuple[int, int],
-        patch_size: int,
-        num_classes: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_dim: int,
-        image_sizes: Sequence[int | tuple[int, int]] | None = None,
-        channels: int = 3,
-        dropout: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-    ):
+        self, *, image_size: int | tuple[int, int], patch_size: int, num_classes: int, dim: int, depth: int,
+        heads: int, mlp_dim: int, image_sizes: Sequence[int | tuple[int, int]] | None = None, channels: int = 3,
+        dropout: float = 0.0, attn_drop: float = 0.0, drop_path: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         sizes = image_sizes or ((height // 2, width // 2), (height, width))
@@ -212,7 +184,6 @@ class MViT(nn.Module):
         grids = [(h // patch_size, w // patch_size) for h, w in sizes]
         self.grid = grids[-1]
         self.lengths = [1 + rows * columns for rows, columns in grids]
-
         self.patch_embed = PatchEmbed(channels, dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], dim))
@@ -243,6 +214,11 @@ class MViT(nn.Module):
         """Names of parameters that weight decay leaves out."""
         return {"cls_token", "pos_embed", "temporal_pos_embed", "attn_pool.latent"}
 
+    def positions(self, i: int) -> torch.Tensor:
+        """Position embedding of scale i, (1, n, d)."""
+        finest = i == len(self.image_sizes) - 1
+        return self.pos_embed if finest else self.get_buffer(f"to_grid_{i}") @ self.pos_embed
+
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Image (b, c, h, w) -> class token and patch tokens of each scale, coarse to fine, (b, sum of lengths, d)."""
         if x.shape[-2:] != self.image_size:
@@ -252,9 +228,8 @@ class MViT(nn.Module):
             scale = self.temporal_pos_embed[:, i]  # (1, 1, d)
             finest = size == self.image_size
             image = x if finest else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-            pos = self.pos_embed if finest else self.get_buffer(f"to_grid_{i}") @ self.pos_embed
             tokens += [repeat(self.cls_token + scale, "1 1 d -> b 1 d", b=x.shape[0])]
-            tokens += [self.patch_embed(image) + (pos + scale)]
+            tokens += [self.patch_embed(image) + (self.positions(i) + scale)]
         return self.dropout(torch.cat(tokens, dim=1))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -270,10 +245,8 @@ class MViT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """Image (b, c, h, w) -> attention of every block and head after the softmax, (b, depth, heads, n, n).
-
-        n is the sum of lengths; the finest scale comes last: its class token, then its patches row by row. Zero where
-        a token sees nothing.
+        """As ViT's, (b, depth, heads, n, n); n is the sum of lengths, coarse to fine; zero where a token sees
+        nothing.
         """
         x = self.embed(x)
         maps = []
@@ -281,3 +254,14 @@ class MViT(nn.Module):
             maps.append(block.attn.weights(block.norm1(x)))
             x = block(x)
         return torch.stack(maps, dim=1)
+
+    def token_layout(self) -> dict:
+        """Where tokens stand in `attention_maps`, their positions and filters; see models/__init__.py."""
+        scales, first = [], 0
+        for i, (size, length) in enumerate(zip(self.image_sizes, self.lengths, strict=True)):
+            rows = self.grid[0] * size[0] // self.image_size[0]
+            places = dict(grid=(rows, (length - 1) // rows), first=first, start=first + 1)
+            filters = ("patch embedding", self.patch_embed.proj.weight) if size == self.image_size else None  # shared
+            scales.append(dict(name=f"{size[1]} px image", positions=self.positions(i)[0], filters=filters, **places))
+            first += length
+        return dict(class_token=scales[-1]["first"], scales=scales)

@@ -4,9 +4,7 @@ Differs from ViT in the norms alone. BN and GN stand in for every LayerNorm. Res
 centred by the mean of its first inputs, before attention and MLP, and an MLP residual scaled down with the depth.
 Published top-1 on CIFAR-10, ViT-B_32 at 224 px from scratch: LN 67.6, BN 67.1, GN 65.5, Rescale 66.1.
 
-    model = RescaleViT(norm_type="Rescale", image_size=32, patch_size=4, num_classes=10, dim=192, depth=12, heads=3,
-                       mlp_dim=768)
-    logits = model(torch.randn(8, 3, 32, 32))   # (8, 10)
+    RescaleViT(norm_type="GN", image_size=32, patch_size=4, num_classes=10, dim=192, depth=12, heads=3, mlp_dim=768)
 """
 
 import torch
@@ -35,10 +33,8 @@ class PatchEmbed(nn.Module):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
-    """Scaled dot-product attention of (b, h, n, d) queries over (b, h, m, d) keys and values.
-
-    In bfloat16 a CPU trains it 2 to 7 times faster as plain products; otherwise torch chooses the kernel.
-    """
+    """Scaled dot-product attention of queries (b, h, n, d) over keys and values (b, h, m, d)."""
+    # In bfloat16 a CPU trains it 2 to 7 times faster as plain products; otherwise torch chooses the kernel.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
         return F.dropout(weights, dropout_p).to(v.dtype) @ v
@@ -50,8 +46,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, attn_drop: float = 0.0):
         super().__init__()
-        self.heads = heads
-        self.attn_drop = attn_drop
+        self.heads, self.attn_drop = heads, attn_drop
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -147,9 +142,6 @@ class Block(nn.Module):
         self.mlp = FeedForward(dim, mlp_dim, dropout)
         self.drop_path = drop_path
 
-    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attn.weights(self.norm1(x))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
@@ -159,16 +151,9 @@ class RescaleBlock(nn.Module):
     """x + attention(bias(x)), then sqrt(i / (i + 1)) x + scale / sqrt(depth) mlp(bias(x)); i counts blocks from 1."""
 
     def __init__(
-        self,
-        index: int,
-        depth: int,
-        dim: int,
-        heads: int,
-        mlp_dim: int,
-        dropout: float,
-        attn_drop: float,
+        self, index: int, depth: int, dim: int, heads: int, mlp_dim: int, dropout: float, attn_drop: float,
         drop_path: float,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.bias1 = CentredBias(dim)
         self.attn = Attention(dim, heads, attn_drop)
@@ -179,9 +164,6 @@ class RescaleBlock(nn.Module):
         self.shortcut = (index / (index + 1)) ** 0.5
         self.drop_path = drop_path
 
-    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attn.weights(self.bias1(x))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + drop_path(self.attn(self.bias1(x)), self.drop_path, self.training)
         branch = self.scale * self.branch * self.mlp(self.bias2(x))
@@ -189,39 +171,16 @@ class RescaleBlock(nn.Module):
 
 
 class RescaleViT(nn.Module):
-    """Vision Transformer with another norm than LayerNorm, or none.
+    """Vision Transformer with `norm_type` 'BN', 'GN' or 'Rescale' instead of LayerNorm ('LN' is ViT itself).
 
-    Args:
-        norm_type: 'BN', 'GN' or 'Rescale'; 'LN' is ViT itself.
-        image_size: side in pixels, or (height, width).
-        patch_size: side of a patch in pixels.
-        num_classes: size of the head.
-        dim, depth, heads, mlp_dim: width, number of blocks, attention heads, hidden width of the MLPs.
-        channels: of the input.
-        dropout: after the embeddings and after both MLP layers.
-        attn_drop: on the attention weights.
-        drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
-
-    Raises:
-        ValueError: sizes that don't divide, or an unknown norm.
+    The other arguments are ViT's. ValueError: sizes that don't divide, or an unknown norm.
     """
 
     def __init__(
-        self,
-        *,
-        norm_type: str,
-        image_size: int | tuple[int, int],
-        patch_size: int,
-        num_classes: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_dim: int,
-        channels: int = 3,
-        dropout: float = 0.1,
-        attn_drop: float = 0.0,
+        self, *, norm_type: str, image_size: int | tuple[int, int], patch_size: int, num_classes: int, dim: int,
+        depth: int, heads: int, mlp_dim: int, channels: int = 3, dropout: float = 0.1, attn_drop: float = 0.0,
         drop_path: float = 0.0,
-    ):
+    ):  # fmt: skip
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch_size or width % patch_size:
@@ -235,7 +194,6 @@ class RescaleViT(nn.Module):
             raise ValueError(f"dim {dim} is not divisible by {GroupNorm.groups}, as GN needs")
         self.image_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
-
         self.patch_embed = PatchEmbed(channels, dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
@@ -282,16 +240,22 @@ class RescaleViT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """Image (b, c, h, w) -> attention of every block and head after the softmax, (b, depth, heads, 1 + n, 1 + n).
-
-        Always in evaluation mode, so that looking changes no statistics.
-        """
+        """As ViT's; always in evaluation mode, so that looking changes no statistics."""
         training = self.training
         self.eval()
         x = self.embed(x)
         maps = []
         for block in self.blocks:
-            maps.append(block.attention_weights(x))
+            before = block.bias1 if isinstance(block, RescaleBlock) else block.norm1
+            maps.append(block.attn.weights(before(x)))
             x = block(x)
         self.train(training)
         return torch.stack(maps, dim=1)
+
+    def token_layout(self) -> dict:
+        """Where tokens stand in `attention_maps`, their positions and filters; see models/__init__.py."""
+        first = next(module for module in self.patch_embed.modules() if isinstance(module, nn.Conv2d))
+        name = "patch embedding" if first is self.patch_embed.proj else "patch embedding, first convolution"
+        positions, filters = self.pos_embed[0, 1:], (name, first.weight)
+        patches = dict(name="patches", grid=self.grid, first=0, start=1, positions=positions, filters=filters)
+        return dict(class_token=0, scales=[patches])

@@ -50,26 +50,20 @@ class Bottleneck(nn.Module):
 class ResNetStem(nn.Module):
     """Root and three blocks of `depths` bottleneck units; (b, channels, h, w) -> (b, 16 * width, h / 16, w / 16).
 
-    Args:
-        channels: of the input.
-        depths: units in each block, (3, 4, 9) for R50.
-        width: channels of the root, a multiple of 32; the blocks' bottlenecks have 1, 2 and 4 times as many.
+    `width` is the channels of the root, a multiple of 32; the blocks' bottlenecks have 1, 2 and 4 times as many.
+    ValueError: another number of blocks, or a width that doesn't divide.
     """
 
     stride = 16
 
     def __init__(self, channels: int = 3, depths: tuple[int, int, int] = (3, 4, 9), width: int = 64):
         super().__init__()
+        if len(depths) != 3:
+            raise ValueError(f"stem depths {' '.join(map(str, depths))} are not three, one a block")
         if width % 32:
             raise ValueError(f"stem width {width} is not a multiple of 32, the groups of its norms")
-        self.root = nn.Sequential(
-            OrderedDict(
-                conv=StdConv2d(channels, width, 7, stride=2),
-                gn=nn.GroupNorm(32, width, eps=1e-6),
-                relu=nn.ReLU(),
-                pool=nn.MaxPool2d(3, stride=2, padding=0),
-            )
-        )
+        conv, gn, pool = StdConv2d(channels, width, 7, 2), nn.GroupNorm(32, width, eps=1e-6), nn.MaxPool2d(3, stride=2)
+        self.root = nn.Sequential(OrderedDict(conv=conv, gn=gn, relu=nn.ReLU(), pool=pool))
         in_channels = width
         for i, depth in enumerate(depths):
             mid_channels = width * 2**i

@@ -2,7 +2,7 @@
 
 Patches -> linear embedding, class token, learned position embedding -> pre-norm transformer -> class token -> head.
 Parameter names follow timm and DeiT, so that their weight files load by name; Google's `.npz` files and
-jeonsworld/ViT-pytorch checkpoints are renamed by `utils.checkpoint.load_weights`.
+jeonsworld/ViT-pytorch checkpoints are renamed by `utils.weights.load_weights`.
 
 Parameters at 224 px with 10 classes: ViT-B_16 85,806,346; ViT-B_32 87,462,922; ViT-L_16 303,311,882;
 ViT-L_32 305,520,650; ViT-H_14 630,777,610; R50-ViT-B_16 97,897,802.
@@ -63,10 +63,8 @@ class PatchEmbed(nn.Module):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
-    """Scaled dot-product attention of (b, h, n, d) queries over (b, h, m, d) keys and values.
-
-    In bfloat16 a CPU trains it 2 to 7 times faster as plain products; otherwise torch chooses the kernel.
-    """
+    """Scaled dot-product attention of queries (b, h, n, d) over keys and values (b, h, m, d)."""
+    # In bfloat16 a CPU trains it 2 to 7 times faster as plain products; otherwise torch chooses the kernel.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
         return F.dropout(weights, dropout_p).to(v.dtype) @ v
@@ -78,8 +76,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, attn_drop: float = 0.0):
         super().__init__()
-        self.heads = heads
-        self.attn_drop = attn_drop
+        self.heads, self.attn_drop = heads, attn_drop
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -130,40 +127,24 @@ class ViT(nn.Module):
     """Vision Transformer.
 
     Args:
-        image_size: side in pixels, or (height, width).
+        image_size, channels: side in pixels, or (height, width), and channels of the input.
         patch_size: side of a patch in pixels; with a stem, of the image region behind a token (a multiple of 16).
         num_classes: size of the head.
         dim, depth, heads, mlp_dim: width, number of blocks, attention heads, hidden width of the MLPs.
-        channels: of the input.
-        dropout: after the embeddings and after both MLP layers.
-        attn_drop: on the attention weights.
+        dropout, attn_drop: after the embeddings and both MLP layers; on the attention weights.
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
-        stem_depths: bottleneck units in each of the stem's three blocks, (3, 4, 9) in R50; None for plain patches.
-        stem_width: channels of the stem's root convolution, 64 in R50.
+        stem_depths, stem_width: of a `ResNetStem`, (3, 4, 9) and 64 in R50; None for plain patches.
         conv_stem: a `ConvStem` before the patch embedding, which is then a 1x1 convolution; patch_size is a power of 2.
 
-    Raises:
-        ValueError: sizes that don't divide, or both kinds of stem.
+    ValueError: sizes that don't divide, or both kinds of stem.
     """
 
     def __init__(
-        self,
-        *,
-        image_size: int | tuple[int, int],
-        patch_size: int,
-        num_classes: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_dim: int,
-        channels: int = 3,
-        dropout: float = 0.1,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-        stem_depths: tuple[int, int, int] | None = None,
-        stem_width: int = 64,
+        self, *, image_size: int | tuple[int, int], patch_size: int, num_classes: int, dim: int, depth: int,
+        heads: int, mlp_dim: int, channels: int = 3, dropout: float = 0.1, attn_drop: float = 0.0,
+        drop_path: float = 0.0, stem_depths: tuple[int, int, int] | None = None, stem_width: int = 64,
         conv_stem: bool = False,
-    ):
+    ):  # fmt: skip
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch_size or width % patch_size:
@@ -179,7 +160,6 @@ class ViT(nn.Module):
             raise ValueError(f"a conv stem needs patches of 2, 4, 8, ... pixels, not {patch_size}")
         self.image_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
-
         stem = ResNetStem(channels, stem_depths, stem_width) if stem_depths else None
         if conv_stem:
             stem = ConvStem(channels, dim, patch_size)
@@ -233,3 +213,11 @@ class ViT(nn.Module):
             maps.append(block.attn.weights(block.norm1(x)))
             x = block(x)
         return torch.stack(maps, dim=1)
+
+    def token_layout(self) -> dict:
+        """Where tokens stand in `attention_maps`, their positions and filters; see models/__init__.py."""
+        first = next(module for module in self.patch_embed.modules() if isinstance(module, nn.Conv2d))
+        name = "patch embedding" if first is self.patch_embed.proj else "patch embedding, first convolution"
+        positions, filters = self.pos_embed[0, 1:], (name, first.weight)
+        patches = dict(name="patches", grid=self.grid, first=0, start=1, positions=positions, filters=filters)
+        return dict(class_token=0, scales=[patches])
