@@ -4,11 +4,14 @@ import torch
 from torch import nn
 
 
+class NonFinite(ArithmeticError):
+    """The loss or the gradient is infinite or not a number."""
+
+
 class Anomaly:
     """Watches every module and parameter of a model while it trains; it looks at each tensor, so it is slow.
 
-    Attributes:
-        found: what was not finite first, with the module's dotted name and class; '' for nothing since `clear`.
+    `found` says what was not finite first, with the module's dotted name and class; '' for nothing so far.
     """
 
     def __init__(self, model: nn.Module):
@@ -19,9 +22,6 @@ class Anomaly:
             for kind, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     self._watch(parameter, f"gradient of {where}, {kind}")
-
-    def clear(self) -> None:
-        self.found = ""
 
     def _look(self, tensor: torch.Tensor, what: str) -> None:
         if not self.found and not tensor.isfinite().all():

@@ -1,10 +1,13 @@
 """Batched augmentation on the device: uint8 images in, normalised float images out, every image its own parameters.
 
-What is random is drawn on the CPU from a generator that the caller seeds with (seed, step), so that the same images
-come out on any device and for any number of processes. What is done to pixels is in resample.py and randaugment.py.
+What is random is drawn on the CPU from a generator that the caller seeds with (seed, step), so the same images come out
+on any device and number of processes. Pixels are changed in resample.py and randaugment.py. An augmentation of your own
+is a row of `utils.presets.AUGS`, or a subclass of `Augment` that the row names as `cls`.
 """
 
 import math
+import pkgutil
+from argparse import Namespace
 
 import numpy as np
 import torch
@@ -12,7 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from utils import randaugment
-from utils.resample import crop_flip_resize, normalise, rotate, shift
+from utils.device import DTYPES
+from utils.presets import AUGS
+from utils.resample import crop_flip_resize, normalise, rotate_reflected, shift
 
 RATIO = (3 / 4, 4 / 3)  # width / height of random crops
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's RandomErasing
@@ -23,8 +28,7 @@ def _draw_boxes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Boxes of random area and ratio at a random place: the first of ten tries that leaves `room` pixels in each side.
 
-    Returns:
-        (b, 4) float64 top, left, height, width, and (b, 1) bool, whether a try did fit.
+    (b, 4) float64 top, left, height, width, and (b, 1) bool, whether a try did fit.
     """
     height, width = (side.double()[:, None] for side in sizes.unbind(1))
     b, tries = len(sizes), 10
@@ -44,13 +48,7 @@ def _draw_boxes(
 def random_resized_boxes(sizes: torch.Tensor, scale: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
     """Boxes of random resized crops, drawn as torchvision's RandomResizedCrop does: ten tries, then a central crop.
 
-    Args:
-        sizes: (b, 2) heights and widths.
-        scale: range of the area, as a fraction of the image.
-        generator: on the CPU.
-
-    Returns:
-        (b, 4) int64: top, left, height, width.
+    `sizes` (b, 2) heights and widths, `scale` the range of the area, as a fraction -> (b, 4) top, left, height, width.
     """
     boxes, found = _draw_boxes(sizes, scale, RATIO, 0, generator)
     height, width = (side.double() for side in sizes.unbind(1))
@@ -69,54 +67,30 @@ def central_boxes(sizes: torch.Tensor, crop_pct: float) -> torch.Tensor:
     return torch.cat([(sizes - side) // 2, side], dim=1)
 
 
-def inside(boxes: torch.Tensor, size: int) -> torch.Tensor:
-    """Which of size x size pixels lie in boxes (b, 4) of top, left, height, width: (b, 1, size, size) bool."""
-    place = torch.arange(size, device=boxes.device)
-    top, left, height, width = boxes[:, None].unbind(2)  # (b, 1)
-    rows = (place >= top) & (place < top + height)
-    columns = (place >= left) & (place < left + width)
-    return rows[:, None, :, None] & columns[:, None, None, :]
-
-
 class Augment:
     """One --aug pipeline: `draw` the parameters of a batch, then call it with images and parameters.
 
     Args:
-        size: side of the output in pixels.
+        size, interpolation: side of the output in pixels; 'bilinear' or 'bicubic'.
         mean, std: three numbers each, of pixels in 0..1.
-        interpolation: 'bilinear' or 'bicubic'.
         scale: area range of a random resized crop, or None.
-        flip: mirror every other image at random.
-        pad: border of a random integer crop at native size, or 0.
+        flip, pad: mirror every other image at random; border of a random integer crop at native size, or 0.
         rotation: images are turned by up to so many degrees either way, after the crop; 0 for none.
         operations: 'randaugment' or 'jitter' (see utils/randaugment.py), or None; after the crop, on whole levels.
         aug_prob: of 'jitter', when training begins; it falls to 0 as half a cosine.
         reprob: of random erasing, one box filled with normal noise after normalisation (arXiv 1708.04896).
         crop_pct: central part of the short side to take where nothing is random, 1 for the whole image.
-        device: of the images.
-        dtype: of the result. bfloat16 resizes faster, to within 3 of 256 levels, 0.3 on average.
+        device, dtype: of the result. bfloat16 resizes faster, to within 3 of 256 levels, 0.3 on average.
     """
 
     NOISE = 2**20  # numbers in the table that erased boxes are filled from
 
     def __init__(
-        self,
-        size: int,
-        mean: list[float],
-        std: list[float],
-        *,
-        interpolation: str = "bilinear",
-        scale: tuple[float, float] | None = None,
-        flip: bool = False,
-        pad: int = 0,
-        rotation: float = 0.0,
-        operations: str | None = None,
-        aug_prob: float = 0.0,
-        reprob: float = 0.0,
-        crop_pct: float = 1.0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
+        self, size: int, mean: list[float], std: list[float], *, interpolation: str = "bilinear",
+        scale: tuple[float, float] | None = None, flip: bool = False, pad: int = 0, rotation: float = 0.0,
+        operations: str | None = None, aug_prob: float = 0.0, reprob: float = 0.0, crop_pct: float = 1.0,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
         self.size, self.interpolation, self.crop_pct = size, interpolation, crop_pct
         self.dtype = dtype
         self.scale, self.flip, self.pad = scale, flip, pad
@@ -137,10 +111,8 @@ class Augment:
     ) -> dict[str, torch.Tensor]:
         """Parameters of a batch, on the CPU; each entry has the batch as first dimension.
 
-        Args:
-            sizes: (b, 2) heights and widths of the images.
-            generator: on the CPU; not needed where nothing is random.
-            progress: part of the training that is done, 0..1; 'jitter' grows rarer with it.
+        `sizes` are (b, 2) heights and widths of the images, `generator` is on the CPU, not needed where nothing is
+        random; `progress` is the part of the training that is done, 0..1: 'jitter' grows rarer with it.
         """
         params, b = {}, len(sizes)
         if self.scale:
@@ -169,15 +141,12 @@ class Augment:
     def __call__(self, images: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
         """uint8 images (b, 1 or 3, h, w) -> normalised images (b, 3, size, size) of `dtype`.
 
-        Args:
-            params: from `draw`, for these images; without 'box' they must be size x size already.
+        `params` are from `draw`, for these images; without 'box' they must be size x size already.
         """
         chosen, params = params, {name: value.to(images.device, non_blocking=True) for name, value in params.items()}
         boxes, flips = params.get("box"), params.get("flip")
-        if "offset" in params and boxes is not None:
-            images = shift(images, params["offset"], self.pad)  # each is mirrored below, within its box
-        elif "offset" in params:
-            images, flips = shift(images, params["offset"], self.pad, flips), None
+        if "offset" in params:
+            images = shift(images, params["offset"], self.pad)
         if boxes is not None and not self.rotation and not self.operations:
             normal = dict(factor=self.factor, bias=self.bias, dtype=self.dtype)
             x = crop_flip_resize(images, boxes, flips, self.size, self.interpolation, **normal)
@@ -186,10 +155,9 @@ class Augment:
             if boxes is not None:
                 x = crop_flip_resize(images, boxes, flips, self.size, self.interpolation)
             elif flips is not None:
-                place = torch.arange(len(images), device=images.device) + len(images) * flips
-                x = torch.cat([images, images.flip(-1)]).index_select(0, place)
+                x = torch.where(flips[:, None, None, None], images.flip(-1), images)
             if self.rotation:
-                x = rotate(x.float(), params["angle"])
+                x = rotate_reflected(x.float(), params["angle"])
             if self.operations:  # grouped by what is chosen on the CPU, so that a GPU need not be asked
                 x = (x if x.dtype == torch.uint8 else randaugment.levels(x.round())).expand(-1, 3, -1, -1)
                 x = randaugment.operate(x, chosen["operation"], chosen["value"], self.fill)
@@ -197,8 +165,35 @@ class Augment:
         if "erase" in params:
             index = chosen["erase"][:, 2].nonzero()[:, 0].to(x.device, non_blocking=True)
             noise = self.noise[params["noise"][index]].view(-1, *x.shape[1:])
-            x[index] = torch.where(inside(params["erase"][index], self.size), noise, x[index])
+            top, left, height, width = params["erase"][index].unsqueeze(2).unbind(1)  # (b, 1)
+            place = torch.arange(self.size, device=x.device)
+            rows, columns = ((place >= a) & (place < a + n) for a, n in ((top, height), (left, width)))
+            x[index] = torch.where(rows[:, None, :, None] & columns[:, None, None, :], noise, x[index])
         return x
+
+
+def train_augment(args: Namespace, device: torch.device, precision: str) -> Augment:
+    """What --aug and the flags beside it ask for, in the precision of training."""
+    cls = AUGS[args.aug].get("cls", Augment)
+    return (pkgutil.resolve_name(cls) if isinstance(cls, str) else cls)(
+        args.img_size, args.mean, args.std, interpolation=args.interpolation, scale=args.scale, flip=args.flip,
+        pad=args.pad, rotation=args.rotation, operations=args.operations, aug_prob=args.aug_prob, reprob=args.reprob,
+        device=device, dtype=DTYPES[precision],
+    )  # fmt: skip
+
+
+def eval_augment(args: Namespace, device: torch.device, precision: str) -> Augment:
+    """Resize, centre crop and normalisation of evaluation, from the flags of a run."""
+    return Augment(
+        args.img_size, args.mean, args.std, interpolation=args.interpolation, crop_pct=args.crop_pct,
+        device=device, dtype=DTYPES[precision],
+    )  # fmt: skip
+
+
+def denormalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """Normalised images (b, 3, h, w) -> pixels in 0..1 on the CPU."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return (images.float().cpu() * std + mean).clamp(0, 1)
 
 
 class Mix:
@@ -210,24 +205,14 @@ class Mix:
     Args:
         num_classes: length of the targets.
         mixup, cutmix: both parameters of the Beta distribution of an image's own share; 0 turns that kind off.
-        prob: of mixing a batch at all.
-        switch_prob: of cutmix, where both are on.
+        prob, switch_prob: of mixing a batch at all; of cutmix, where both are on.
         smoothing: label smoothing of the targets; 0 where the loss smooths them, which is the same.
-
-    Raises:
-        ValueError: both kinds are off.
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        *,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        prob: float = 1.0,
-        switch_prob: float = 0.5,
-        smoothing: float = 0.0,
-    ):
+        self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, prob: float = 1.0,
+        switch_prob: float = 0.5, smoothing: float = 0.0,
+    ):  # fmt: skip
         if not mixup and not cutmix:
             raise ValueError("mixup and cutmix are both 0, there is nothing to mix by")
         self.num_classes, self.smoothing = num_classes, smoothing
@@ -236,9 +221,7 @@ class Mix:
     def draw(self, size: tuple[int, int], generator: torch.Generator) -> tuple[float, tuple[int, int, int, int] | None]:
         """An image's own share, and for cutmix the box (top, left, bottom, right) that its neighbour fills.
 
-        Args:
-            size: height and width of the images.
-            generator: on the CPU.
+        `size` is height and width of the images; the generator is on the CPU.
         """
         rng = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator)))  # torch has no seeded Beta
         if rng.random() >= self.prob:
@@ -255,15 +238,9 @@ class Mix:
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, share: float, box: tuple[int, int, int, int] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixed images, and targets (b, num_classes) float32 that sum to 1.
+        """Images (b, c, h, w) and labels (b,) mixed as drawn, and targets (b, num_classes) float32 that sum to 1.
 
-        Args:
-            images: (b, c, h, w) float.
-            labels: (b,) int64.
-            share, box: from `draw`.
-
-        Raises:
-            ValueError: an odd number of images.
+        ValueError at an odd number of images.
         """
         if len(images) % 2:
             raise ValueError(f"{len(images)} images don't make pairs; each process and pass needs an even number")
@@ -281,3 +258,11 @@ class Mix:
 def _neighbours(x: torch.Tensor) -> torch.Tensor:
     """Rows 1, 0, 3, 2, ..."""
     return rearrange(rearrange(x, "(n two) ... -> n two ...", two=2).flip(1), "n two ... -> (n two) ...")
+
+
+def make_mix(args: Namespace, num_classes: int) -> Mix | None:
+    """What --mixup and --cutmix ask for."""
+    if not args.mixup and not args.cutmix:
+        return None
+    odds = dict(prob=args.mixup_prob, switch_prob=args.mixup_switch_prob)
+    return Mix(num_classes, mixup=args.mixup, cutmix=args.cutmix, **odds)

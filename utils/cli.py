@@ -1,14 +1,15 @@
 """Command lines in general: a parser with one-line errors and files of flags, types of numbers, how a script ends."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-RECIPE_LENGTH = 2**16  # characters of a file of flags
 MAX_COUNT = 2**31 - 1  # of steps, images and all else that is counted
 MAX_REAL = 1e30  # of any other number
 
@@ -16,13 +17,31 @@ MAX_REAL = 1e30  # of any other number
 class UserError(ValueError):
     """A mistake of the user: one line on stderr, exit status 2.
 
-    Attributes:
-        alone: of several processes only this one has met it, so the line is its to print, whichever it is.
+    With `on_this_process`, of several processes only this one has met it, so it prints the line, whichever it is.
     """
 
-    def __init__(self, message: str, *, alone: bool = False):
+    def __init__(self, message: str, *, on_this_process: bool = False):
         super().__init__(message)
-        self.alone = alone
+        self.on_this_process = on_this_process
+
+
+def refuse(wrong, reason: str) -> None:
+    """A UserError where something is wrong."""
+    if wrong:
+        raise UserError(reason)
+
+
+@contextlib.contextmanager
+def refusing(what: str, way_out: str, *kinds: type[Exception]):
+    """Errors within, of these kinds or of any, become a UserError: 'WHAT (the reason); WAY OUT'."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds or (Exception,) as error:  # noqa: B030
+        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"lacks {reason}" if isinstance(error, KeyError) else reason
+        raise UserError(f"{what} ({reason}); {way_out}") from None
 
 
 def one_line(text: str) -> str:
@@ -30,55 +49,60 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of a flag with its default, unless the text says that itself in brackets, or it is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        off = default is None or default is False or default == argparse.SUPPRESS
+        if not action.option_strings or off or text.endswith("]"):
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else f"{default}".removesuffix(".0")
+        return f"{text} [{shown.replace('%', '%%')}]".lstrip()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, which suggests the nearest flag and reads `@recipe` files with comments."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, fromfile_prefix_chars="@", **kwargs)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+    def add_aliases(self, aliases: dict[str, str]) -> None:
+        """Names that flags have in other projects; they work, and --help leaves them out."""
+        for alias, name in aliases.items():
+            self._option_string_actions[alias] = self._option_string_actions[name]
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
-    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        argv, origin = self._expand(sys.argv[1:] if argv is None else argv)
-        args, unknown = self.parse_known_args(argv)
+    def parse_args(self, argv: list[str] | None = None, check: Callable = lambda args: None) -> argparse.Namespace:
+        """As argparse's; `check(args)` refuses what doesn't go together, by a UserError."""
+        argv = sys.argv[1:] if argv is None else argv
+        if lone := [word for word in argv if any("\ud800" <= char <= "\udfff" for char in word)]:
+            self.error(f"{lone[0]}: is not UTF-8; rename it")
+        recipes = [Path(word[1:]) for word in argv if word.startswith("@")]
+        for path in recipes:
+            if not path.is_file():
+                near = ", ".join(sorted(map(str, path.parent.glob("*.args"))))
+                self.error(f"recipe {path}: no such file" + (f"; there are {near}" if near else ""))
+        try:
+            args, unknown = self.parse_known_args(argv)
+        except (ValueError, RecursionError) as error:  # no text, an unclosed quote, or a recipe that includes itself
+            self.error(f"recipe {' '.join(map(str, recipes))}: holds no flags as on the command line ({error})")
         if unknown:
             flag = unknown[0].split("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            where = f" in {origin[unknown[0]]}" if unknown[0] in origin else ""
+            where = "".join(f" in {path}" for path in recipes if flag not in argv and flag in path.read_text())
             hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
             self.error(f"unknown argument {unknown[0]!r}{where}{hint}")
+        try:
+            check(args)
+        except UserError as error:
+            self.error(str(error))
         return args
-
-    def _expand(self, argv: list[str]) -> tuple[list[str], dict[str, str]]:
-        """Put the words of each `@file` in its place; `#` starts a comment there. Also where each word came from."""
-        words, origin = [], {}
-        for word in argv:
-            if any("\ud800" <= char <= "\udfff" for char in word):  # what Python makes of bytes that are not UTF-8
-                self.error(f"{word}: is not UTF-8; rename it")
-            if not word.startswith("@"):
-                words.append(word)
-                continue
-            try:
-                with open(word[1:], encoding="utf-8") as file:
-                    text = file.read(RECIPE_LENGTH + 1)
-                if len(text) > RECIPE_LENGTH:
-                    raise ValueError(f"longer than {RECIPE_LENGTH} characters, so not a file of flags")
-                found = shlex.split(text, comments=True)
-            except OSError as error:
-                near = ", ".join(sorted(str(path) for path in Path(word[1:]).parent.glob("*.args")))
-                self.error(f"recipe {word[1:]}: {error.strerror}" + (f"; there are {near}" if near else ""))
-            except UnicodeDecodeError:
-                self.error(f"recipe {word[1:]}: is not a text file; it holds flags as on the command line")
-            except ValueError as error:  # an unclosed quote, or too long
-                self.error(f"recipe {word[1:]}: {error}")
-            if nested := [each for each in found if each.startswith("@")]:
-                self.error(
-                    f"recipe {word[1:]}: {nested[0]} would include another recipe; name both on the command line"
-                )
-            words += found
-            origin.update(dict.fromkeys(found, word[1:]))
-        return words, origin
 
 
 class Replaces(argparse.Action):
@@ -121,29 +145,41 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def run_main(main, args: argparse.Namespace, at_end=None) -> None:
-    """Call a script's main and leave with its status; a UserError becomes one line and status 2.
+def world_size() -> int:
+    """The number of processes, from torchrun's environment; 1 without one. UserError where that is not whole."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return 1
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not (value if name == "MASTER_ADDR" else value.isdecimal() and int(value) >= (name == "WORLD_SIZE")):
+            raise UserError(f"WORLD_SIZE {world!r} with {name} {value!r}: start with torchrun, or unset WORLD_SIZE")
+    return int(world)
 
-    Every process of a node would print the same line, so only the first one does, if it isn't one's alone.
 
-    Args:
-        main: called with `args`, returns the exit status.
-        at_end: called in any case before leaving.
+def run_main(main: Callable, args, explain: Callable = lambda error: None, at_end: Callable = lambda: None) -> None:
+    """Call `main(args)` and leave with the status it returns; a UserError becomes one line and status 2.
+
+    `explain` turns an error that is no mistake of the code, such as a lack of memory, into a UserError; `at_end` is
+    called in any case. Every process of a node would print the same line, so only the first one does, if it isn't one's
+    alone.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks stops nothing
     try:
         status = main(args)
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or error.alone:
-            print(f"{Path(sys.argv[0]).name}: error: {one_line(str(error))}", file=sys.stderr)
-        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except Exception as error:
+        mistake = error if isinstance(error, UserError) else explain(error)
+        if mistake is None:
+            raise
+        if mistake.on_this_process or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {one_line(str(mistake))}", file=sys.stderr)
+        status = 2
     finally:
-        if at_end:
-            at_end()
+        at_end()
     sys.exit(status)

@@ -11,20 +11,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, skip_bias_norm: bool = False, layer_decay: float = 1.0
 ) -> list[dict]:
-    """Trained parameters in groups of equal weight decay and learning rate.
+    """Trained parameters in groups of equal weight decay and learning rate, for torch's optimizers.
 
     Args:
-        model: its `no_weight_decay()` names parameters that take none.
-        weight_decay: of all others.
-        skip_bias_norm: none either on biases, norms and other vectors.
-        layer_decay: each block's rate is this times that of the block above it; the head has the full rate,
-            the embeddings the lowest (arXiv 2003.10555, BEiT's fine-tuning).
-
-    Returns:
-        Groups for torch's optimizers, each with `lr_scale`, the factor on the schedule's rate.
+        weight_decay: of all but what the model's `no_weight_decay()`, if it has one, names.
+        skip_bias_norm: none on biases, norms and other vectors either.
+        layer_decay: each of the model's `blocks` has this times the rate of the one above it; the head has the full
+            rate,
+            the embeddings the lowest (arXiv 2003.10555, BEiT's fine-tuning): `lr_scale` in each group.
     """
-    exempt = model.no_weight_decay()
-    depth = len(model.blocks)
+    exempt = getattr(model, "no_weight_decay", set)()
+    depth = len(getattr(model, "blocks", ()))
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -67,8 +64,8 @@ class Chain:
 def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> torch.optim.Optimizer | Chain:
     """SGD with momentum 0.9, AdamW, or Muon (arXiv 2502.16982) with AdamW, as the flags say.
 
-    Muon takes the matrices of the blocks; embeddings, head, biases and norms are AdamW's. Its updates are scaled to
-    AdamW's usual size, so that learning rates and weight decay mean the same for both.
+    Muon takes the matrices of the blocks, with updates scaled to AdamW's usual size, so that learning rates and weight
+    decay mean the same for both; embeddings, head, biases and norms are AdamW's.
     """
     skip = args.disable_weight_decay_on_bias_norm
     groups = parameter_groups(model, args.weight_decay, skip_bias_norm=skip, layer_decay=args.layer_decay)
@@ -80,9 +77,9 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     adamw = dict(lr=args.learning_rate, betas=tuple(args.betas), fused=fused)
-    if args.opt == "adamw":
-        return torch.optim.AdamW(groups, **adamw)
     matrices = {p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+    if args.opt == "adamw" or not matrices:
+        return torch.optim.AdamW(groups, **adamw)
     parts = [[], []]
     for group in groups:
         for part, hidden in zip(parts, (True, False), strict=True):
@@ -110,11 +107,7 @@ class Average(AveragedModel):
 
 
 def make_scaler(loss_scale: float, device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """Scales float16 gradients on CUDA; does nothing in other precisions.
-
-    Args:
-        loss_scale: 0 adapts the scale; another value stays fixed.
-    """
+    """Scales float16 gradients on CUDA, by a fixed `loss_scale` or, with 0, one that adapts; else does nothing."""
     enabled = precision == "fp16" and device.type == "cuda"
     if loss_scale:
         never = dict(growth_interval=2**31 - 1, backoff_factor=1 - 1e-12)  # rounds to 1 in float32

@@ -1,8 +1,8 @@
 """Colour and geometric operations on batches of uint8 images, every image its own operation and strength.
 
-They equal the Pillow functions that timm's RandAugment and torchvision's ColorJitter call, to within one of the 256
-levels (hue: torchvision's on tensors). The images of a batch are grouped by operation, and each group is one vectorised
-pass; the groups are formed on the CPU, where the operations were drawn, so a GPU is never waited for.
+They equal the Pillow functions that timm's RandAugment and torchvision's ColorJitter call, to within one of 256 levels
+(hue: torchvision's on tensors). A batch is grouped by operation, each group one vectorised pass; the groups are formed
+on the CPU, where the operations were drawn, so a GPU is never waited for.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-# ---------------------------------------------------------------- operations on colours
 # images (n, 3, h, w) uint8, value (n, 1, 1, 1) float32 -> (n, 3, h, w) uint8
 # A CPU multiplies by a mask several times faster than torch.where chooses.
 
@@ -49,34 +48,6 @@ def equalize(images: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.where(step[..., None] > 0, table.gather(2, pixels).view_as(images), images)
 
 
-def invert(images: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return 255 - images
-
-
-def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    return images & torch.bitwise_left_shift(255, 8 - bits.int()).to(torch.uint8)  # 0 bits make a black image
-
-
-def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    return images ^ (images >= threshold).byte().neg_()  # minus one is 255, and x ^ 255 is 255 - x
-
-
-def solarize_add(images: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
-    return images + (images < 128).byte().mul_(amount.byte())  # at most 127 + 110, no overflow
-
-
-def color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return blend(luma(images), images, factor)
-
-
-def contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return blend((luma(images).mean(dim=(2, 3), keepdim=True) + 0.5).floor(), images, factor)
-
-
-def brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return blend(0, images, factor)
-
-
 def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     x = images.float()
     smooth, inner = x.clone(), x[..., 1:-1, 1:-1]  # 3x3, centre 5, all else 1; the border stays
@@ -102,19 +73,16 @@ COLOUR = {
     "Hue": hue,
     "AutoContrast": auto_contrast,
     "Equalize": equalize,
-    "Invert": invert,
-    "Posterize": posterize,
-    "Solarize": solarize,
-    "SolarizeAdd": solarize_add,
-    "Color": color,
-    "Contrast": contrast,
-    "Brightness": brightness,
+    "Invert": lambda x, value: 255 - x,
+    "Posterize": lambda x, bits: x & torch.bitwise_left_shift(255, 8 - bits.int()).to(torch.uint8),  # black at 0 bits
+    "Solarize": lambda x, threshold: x ^ (x >= threshold).byte().neg_(),  # minus one is 255, and x ^ 255 is 255 - x
+    "SolarizeAdd": lambda x, amount: x + (x < 128).byte().mul_(amount.byte()),  # at most 127 + 110, no overflow
+    "Color": lambda x, factor: blend(luma(x), x, factor),
+    "Contrast": lambda x, factor: blend((luma(x).mean(dim=(2, 3), keepdim=True) + 0.5).floor(), x, factor),
+    "Brightness": lambda x, factor: blend(0, x, factor),
     "Sharpness": sharpness,
 }
-OPERATIONS = (*COLOUR, "Rotate", "ShearX", "TranslateX", "ShearY", "TranslateY")  # in the order of their numbers
-NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 
-# ---------------------------------------------------------------- operations on places
 # images (n, c, s, s) uint8; bicubic, edges repeated; what comes in from outside has the colour `fill`, (c,) uint8
 
 
@@ -183,17 +151,25 @@ def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> t
     return filled(as_levels(out).view_as(images), inside, fill)
 
 
-# ---------------------------------------------------------------- groups
+PLACE = {
+    "Rotate": rotate,
+    "ShearX": lambda x, slope, fill: slide(x, slope, 0 * slope, fill),
+    "TranslateX": lambda x, part, fill: slide(x, 0 * part, x.shape[-1] * part, fill),
+    "ShearY": lambda x, slope, fill: (
+        slide(x.mT, slope, 0 * slope, fill).mT
+    ),  # columns move as rows of the mirrored image
+    "TranslateY": lambda x, part, fill: slide(x.mT, 0 * part, x.shape[-2] * part, fill).mT,
+}
+OPERATIONS = (*COLOUR, *PLACE)  # in the order of their numbers
+NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 
 
 def operate(images: torch.Tensor, operation: torch.Tensor, value: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     """Apply each image's operations, one after the other.
 
-    Args:
-        images: (b, 3, s, s) uint8; left as they are.
-        operation: (b, layers) places in OPERATIONS, or -1 for none; on the CPU, as is `value`.
-        value: (b, layers) float32, what the operation's function takes; of translations a part of the side.
-        fill: (3,) uint8, colour of what geometric operations bring in from outside.
+    Images (b, 3, s, s) uint8 are left as they are. `operation` (b, layers) are places in OPERATIONS, or -1 for none,
+    `value` what their functions take (of translations a part of the side), both on the CPU; `fill` (3,) uint8 is the
+    colour of what geometric operations bring in from outside.
     """
     for number, amount in zip(operation.unbind(1), value.unbind(1), strict=True):
         order = number.argsort(stable=True)
@@ -202,62 +178,35 @@ def operate(images: torch.Tensor, operation: torch.Tensor, value: torch.Tensor, 
             each.to(images.device, non_blocking=True) for each in (order, order.argsort(), amount[order])
         )
         grouped = images.index_select(0, order)
-        groups = list(zip(grouped.split(counts), amount.split(counts), strict=True))[1:]  # without 'none'
-        for function, (part, factor) in zip(COLOUR.values(), groups, strict=False):
-            if len(part):
-                part.copy_(function(part, factor[:, None, None, None]))
-        (part, degrees), *slides = groups[len(COLOUR) :]
-        if len(part):
-            part.copy_(rotate(part, degrees, fill))
-        _slide_groups(slides, fill)
+        groups = zip(OPERATIONS, grouped.split(counts)[1:], amount.split(counts)[1:], strict=True)  # without 'none'
+        for name, part, strength in groups:
+            if not len(part):
+                continue
+            if name in COLOUR:
+                part.copy_(COLOUR[name](part, strength[:, None, None, None]))
+            else:
+                part.copy_(PLACE[name](part, strength, fill))
         images = grouped.index_select(0, inverse)
     return images
 
-
-def _slide_groups(groups: list[tuple[torch.Tensor, torch.Tensor]], fill: torch.Tensor) -> None:
-    """ShearX, TranslateX, ShearY and TranslateY in one pass and in place; columns move as rows of mirrored images."""
-    parts = [part if i < 2 else part.mT for i, (part, _) in enumerate(groups)]
-    counts = [len(part) for part in parts]
-    if sum(counts):
-        side, (shear_x, translate_x, shear_y, translate_y) = parts[0].shape[-1], (value for _, value in groups)
-        slope = torch.cat([shear_x, torch.zeros_like(translate_x), shear_y, torch.zeros_like(translate_y)])
-        offset = torch.cat([torch.zeros_like(shear_x), translate_x, torch.zeros_like(shear_y), translate_y])
-        moved = slide(torch.cat(parts), slope, offset * side, fill)
-        for part, result in zip(parts, moved.split(counts), strict=True):
-            part.copy_(result)
-
-
-# ---------------------------------------------------------------- what is drawn
 
 # What timm's functions take at a level (0..1 of the highest magnitude) and a sign (-1 or 1), 'increasing' variants.
 ARGUMENTS = {
     "Posterize": lambda level, sign: 4 - (level * 4).floor(),
     "Solarize": lambda level, sign: 256 - (level * 256).floor(),
     "SolarizeAdd": lambda level, sign: (level * 110).floor(),
-    "Color": lambda level, sign: 1 + sign * 0.9 * level,
-    "Contrast": lambda level, sign: 1 + sign * 0.9 * level,
-    "Brightness": lambda level, sign: 1 + sign * 0.9 * level,
-    "Sharpness": lambda level, sign: 1 + sign * 0.9 * level,
     "Rotate": lambda level, sign: sign * 30 * level,
-    "ShearX": lambda level, sign: sign * 0.3 * level,
-    "ShearY": lambda level, sign: sign * 0.3 * level,
-    "TranslateX": lambda level, sign: sign * 0.45 * level,
-    "TranslateY": lambda level, sign: sign * 0.45 * level,
+    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), lambda level, sign: 1 + sign * 0.9 * level),
+    **dict.fromkeys(("ShearX", "ShearY"), lambda level, sign: sign * 0.3 * level),
+    **dict.fromkeys(("TranslateX", "TranslateY"), lambda level, sign: sign * 0.45 * level),
 }
 
 
 def draw_randaugment(b: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """RandAugment (arXiv 1909.13719) as timm's `rand-m9-mstd0.5-inc1` chooses it.
+    """RandAugment (arXiv 1909.13719) as timm's `rand-m9-mstd0.5-inc1` chooses it: operations and values (b, 2).
 
     For each image two of 15 operations, drawn with replacement; each is left out with probability 1/2; magnitude
-    normal(9, 0.5), cut to 0..10.
-
-    Args:
-        b: images.
-        generator: on the CPU.
-
-    Returns:
-        (b, 2) int64 and (b, 2) float32, operations and values for `operate`.
+    normal(9, 0.5), cut to 0..10. The generator is on the CPU.
     """
     operation = torch.randint(1, len(OPERATIONS), (b, 2), generator=generator)  # any but Hue
     left_out = torch.rand(b, 2, generator=generator) < 0.5
@@ -272,13 +221,7 @@ def draw_randaugment(b: int, generator: torch.Generator) -> tuple[torch.Tensor, 
 def draw_jitter(b: int, probability: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """DEMS-ViT's colours: jitter (0.4, 0.4, 0.2, 0.1) in random order, as torchvision's; grayscale; solarise at 128.
 
-    Args:
-        b: images.
-        probability: of each of the three.
-        generator: on the CPU.
-
-    Returns:
-        (b, 6) int64 and (b, 6) float32, operations and values for `operate`.
+    Each of the three with its `probability`; operations and values (b, 6) for `operate`.
     """
     number = torch.tensor([NUMBER[name] for name in ("Brightness", "Contrast", "Color", "Hue")])
     unchanged, reach = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.4, 0.4, 0.2, 0.1])

@@ -1,8 +1,7 @@
 """Batches of images cut, mirrored, resized, moved, turned and normalised, every image its own way, without a loop.
 
 A crop, a flip and the resize are one pair of matrix products an image: `rows @ image @ columns^T`, where a row of
-`rows` holds the antialiased weights of one output line; for small images the weights of every possible box are looked
-up.
+`rows` holds the antialiased weights of one output line; for small images the weights of every box are looked up.
 """
 
 import math
@@ -30,14 +29,8 @@ def _filter(x: torch.Tensor, interpolation: str) -> torch.Tensor:
 def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_size: int, interpolation: str):
     """Weights that resample the interval [start, start + length) of a line to `out_size` pixels, antialiased.
 
-    Args:
-        start, length: (b,) in pixels, inside the line; not always whole.
-        in_size: pixels of the line.
-        out_size: pixels wanted.
-        interpolation: 'bilinear' or 'bicubic'.
-
-    Returns:
-        (b, out_size, in_size) float32, rows that sum to 1 and are zero outside the interval.
+    `start` and `length` (b,) in pixels, inside the line of `in_size`, need not be whole -> (b, out_size, in_size)
+    float32, rows that sum to 1 and are zero outside the interval.
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length.float() / out_size
@@ -65,14 +58,9 @@ def _weight_table(
 
 
 def line_weights(
-    start: torch.Tensor,
-    length: torch.Tensor,
-    mirrored: torch.Tensor | None,
-    in_size: int,
-    out_size: int,
-    interpolation: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    start: torch.Tensor, length: torch.Tensor, mirrored: torch.Tensor | None, in_size: int, out_size: int,
+    interpolation: str, dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
     """`resize_weights`, (b, out_size, in_size) of `dtype`, in reverse where `mirrored`; looked up for whole pixels."""
     side = -(-in_size // 16) * 16  # few tables do for batches of many sizes
     intervals = side * (side + 1) // 2
@@ -86,27 +74,14 @@ def line_weights(
 
 
 def crop_flip_resize(
-    images: torch.Tensor,
-    boxes: torch.Tensor,
-    flips: torch.Tensor | None,
-    size: int,
-    interpolation: str,
-    *,
-    factor: Sequence[float] = (),
-    bias: Sequence[float] = (),
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+    images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor | None, size: int, interpolation: str, *,
+    factor: Sequence[float] = (), bias: Sequence[float] = (), dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:  # fmt: skip
     """Cut each image's box, mirror it where `flips`, resize it to `size` x `size`, antialiased, and normalise it.
 
-    Args:
-        images: (b, 1 or c, h, w), 0..255.
-        boxes: (b, 4) top, left, height, width; not always whole.
-        flips: (b,) bool, or None.
-        factor, bias: c each: a level becomes level * factor + bias. Factors are positive. Without them levels stay.
-        dtype: of the result, and of the products.
-
-    Returns:
-        (b, c, size, size) of `dtype`; bicubic overshoots beyond levels 0 and 255 are cut off.
+    Images (b, 1 or c, h, w), 0..255, and boxes (b, 4) of top, left, height, width, not always whole -> (b, c, size,
+    size) of `dtype`, which the products are of, too. A level becomes level * factor + bias of its channel, without them
+    it stays; bicubic overshoots beyond levels 0 and 255 are cut off.
     """
     top, left, height, width = boxes.unbind(1)
     rows = line_weights(top, height, None, images.shape[2], size, interpolation, dtype)
@@ -149,27 +124,14 @@ def parts(images: torch.Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(images), max(1, step))]
 
 
-def shift(images: torch.Tensor, offsets: torch.Tensor, pad: int, flips: torch.Tensor | None = None) -> torch.Tensor:
-    """Pad with black by `pad` pixels, cut the native size back out at each image's (row, column), mirror where `flips`.
-
-    A line of the result is a run of pixels in memory: of the padded images, or of these mirrored.
-    """
-    b, c, h, w = images.shape
-    high, wide = h + 2 * pad, w + 2 * pad
-    padded = F.pad(images, (pad, pad, pad, pad)).contiguous()
-    row, column = offsets.unbind(1)
-    start = torch.arange(b, device=images.device) * (c * high * wide) + row * wide
-    if flips is not None:
-        column = torch.where(flips, padded.numel() + 2 * pad - column, column)
-        padded = torch.stack([padded, padded.flip(-1)])
-    channel = torch.arange(c, device=images.device)[:, None] * (high * wide)
-    line = torch.arange(h, device=images.device) * wide
-    starts = (start + column)[:, None, None] + channel + line
-    runs = padded.view(-1).unfold(0, w, 1)  # one from each pixel on, a view
-    return runs.index_select(0, starts.flatten()).view(images.shape)
+def shift(images: torch.Tensor, offsets: torch.Tensor, pad: int) -> torch.Tensor:
+    """Pad with black by `pad` pixels, and cut the native size back out at each image's (row, column)."""
+    padded, (row, column) = F.pad(images, (pad, pad, pad, pad)), offsets.unbind(1)
+    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # one from each place, a view
+    return windows[torch.arange(len(images), device=images.device), :, row, column]
 
 
-def rotate(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
+def rotate_reflected(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
     """Turn square images (b, c, s, s) float around their centres, bilinear; what comes in from outside is mirrored."""
     place = (torch.arange(images.shape[-1], device=images.device) * 2 + 1) / images.shape[-1] - 1
     cos, sin = (each[:, None, None] for each in (torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()))

@@ -1,36 +1,20 @@
 """Learning-rate schedules as pure functions of the step."""
 
 import math
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 
 
 def learning_rate(
-    step: int,
-    *,
-    base_lr: float,
-    num_steps: int,
-    warmup_steps: int,
-    decay_type: str = "cosine",
-    min_lr: float = 0.0,
-    warmup_lr: float = 0.0,
-    steps_per_epoch: float | None = None,
-) -> float:
+    step: int, *, base_lr: float, num_steps: int, warmup_steps: int, decay_type: str = "cosine", min_lr: float = 0.0,
+    warmup_lr: float = 0.0, steps_per_epoch: float | None = None,
+) -> float:  # fmt: skip
     """Learning rate of update number `step`, counted from 1: linear warm-up, then cosine or linear decay.
 
-    It is `base_lr` at step `warmup_steps` and `min_lr` at step `num_steps`, as the updates of jeonsworld/ViT-pytorch
-    have it, whose scheduler steps before its optimizer.
-
-    Args:
-        step: 1..num_steps.
-        base_lr: the highest rate.
-        num_steps: length of the run.
-        warmup_steps: length of the warm-up, less than num_steps.
-        decay_type: 'cosine' or 'linear'.
-        min_lr: rate of the last step.
-        warmup_lr: rate that the warm-up rises from.
-        steps_per_epoch: where given, all steps of an epoch have the rate that is due at its beginning.
-
-    Raises:
-        ValueError: an unknown decay type.
+    It rises from `warmup_lr` to `base_lr` at step `warmup_steps`, which is less than `num_steps`, and is `min_lr` at
+    step `num_steps`, as the updates of jeonsworld/ViT-pytorch have it, whose scheduler steps before its optimizer. With
+    `steps_per_epoch` all steps of an epoch have the rate that is due at its beginning. ValueError: unknown decay.
     """
     if steps_per_epoch:
         step = int((step - 1) / steps_per_epoch) * steps_per_epoch
@@ -44,3 +28,12 @@ def learning_rate(
     else:
         raise ValueError(f"unknown decay type {decay_type!r}, one of cosine linear")
     return min_lr + (base_lr - min_lr) * factor
+
+
+def from_flags(args: Namespace) -> Callable[[int], float]:
+    """The learning rate of each step, as the resolved flags of train.py have it."""
+    per_epoch = args.num_steps / args.epochs if args.decay_by == "epoch" else None
+    return partial(
+        learning_rate, base_lr=args.learning_rate, num_steps=args.num_steps, warmup_steps=args.warmup_steps,
+        decay_type=args.decay_type, min_lr=args.min_lr, warmup_lr=args.warmup_lr, steps_per_epoch=per_epoch,
+    )  # fmt: skip

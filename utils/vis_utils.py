@@ -1,29 +1,29 @@
-"""Pictures: tensors on the CPU in, a PNG out. matplotlib is imported where one is drawn, as it takes a while."""
+"""Drawing: tensors on the CPU and a title in, a figure out.
+
+matplotlib is imported where something is drawn, as it takes a while, and torch not at all.
+"""
+
+from __future__ import annotations
 
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names may be in any script
-DPI = 150
 
 
-def denormalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
-    """Normalised images (b, 3, h, w) -> pixels in 0..1 on the CPU."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return (images.float().cpu() * std + mean).clamp(0, 1)
-
-
-def _figure(width: float, height: float, title: str):
-    """An empty figure of so many inches, wide enough for its title."""
+def new_figure(width: float, height: float, title: str):
+    """An empty figure of so many inches, that is only ever saved, never shown."""
     from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False  # a $ in a name is a $
-    figure = Figure(figsize=(max(6.5, width), height), layout="constrained")
+    figure = Figure(figsize=(max(6.5, width), height), layout="constrained")  # wide enough for its title
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     return figure
@@ -33,22 +33,12 @@ def shorten(text: str, length: int = 20) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def plot_confusion(confusion: torch.Tensor, classes: list[str], path: Path, title: str) -> None:
-    """Draw a confusion matrix, each row in percent of its class, as PNG.
-
-    Args:
-        confusion: (classes, classes) counts, rows are the true classes.
-        classes: names in the order of the rows.
-        path: of the PNG.
-        title: above the matrix.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str):
+    """Draw a confusion matrix, (classes, classes) counts whose rows are the true classes, in percent of each row."""
     n = len(classes)
     percent = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     side = min(12.0, 4.0 + 0.35 * n)
-    figure = _figure(side + 1.2, side, title)
+    figure = new_figure(side + 1.2, side, title)
     axes = figure.add_subplot()
     image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
@@ -62,7 +52,7 @@ def plot_confusion(confusion: torch.Tensor, classes: list[str], path: Path, titl
             for j in range(n):
                 color = "white" if percent[i, j] > 50 else "black"
                 axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
-    figure.savefig(path, dpi=DPI)
+    return figure
 
 
 def _middles(parts: list[tuple[str, int, int]], apart: float) -> tuple[list[float], list[str]]:
@@ -77,23 +67,14 @@ def _middles(parts: list[tuple[str, int, int]], apart: float) -> tuple[list[floa
     return places, names
 
 
-def plot_heads(
-    maps: torch.Tensor, blocks: list[int], parts: list[tuple[str, int, int]], path: Path, title: str
-) -> None:
-    """Draw attention as matrices: a row a block, a column a head.
+def plot_heads(maps: torch.Tensor, blocks: list[int], parts: list[tuple[str, int, int]], title: str):
+    """Draw attention (blocks, heads, n, n), whose rows are the attending tokens, a row a block, a column a head.
 
-    Args:
-        maps: (blocks, heads, n, n), rows are the attending tokens.
-        blocks: their numbers, from 0.
-        parts: name, first and last + 1 token of each scale; more than one are told apart by lines.
-        path, title: as in `plot_confusion`.
-
-    Raises:
-        OSError: the file cannot be written.
+    `blocks` are their numbers; `parts` name, first and last + 1 token of each scale: several are told apart by lines.
     """
     rows, heads, n, _ = maps.shape
     side = min(2.6, max(1.3, 12 / heads))
-    figure = _figure(side * heads + 1.8, side * rows + 1.2, title)
+    figure = new_figure(side * heads + 1.8, side * rows + 1.2, title)
     grid = figure.subplots(rows, heads, squeeze=False, sharex=True, sharey=True)
     grid[0, 0].xaxis.get_major_locator().set_params(integer=True)
     grid[0, 0].yaxis.get_major_locator().set_params(integer=True)
@@ -116,27 +97,18 @@ def plot_heads(
         bar.ax.tick_params(labelsize=7)
     figure.supxlabel("token that is attended to", fontsize=9)
     figure.supylabel("token that attends", fontsize=9)
-    figure.savefig(path, dpi=DPI)
+    return figure
 
 
-def plot_overlays(
-    images: torch.Tensor, names: list[str], rows: list[tuple[str, torch.Tensor]], path: Path, title: str
-) -> None:
-    """Draw images in columns, and below each the maps over it.
+def plot_overlays(images: torch.Tensor, names: list[str], rows: list[tuple[str, torch.Tensor]], title: str):
+    """Draw images (b, 3, h, w) in 0..1 in columns with names, and below each the maps over it.
 
-    Args:
-        images: (b, 3, h, w) in 0..1.
-        names: (b) titles of the columns.
-        rows: label and maps (b, rows, columns) of patches; 1 stands for an even share.
-        path, title: as in `plot_confusion`.
-
-    Raises:
-        OSError: the file cannot be written.
+    `rows` are label and maps (b, rows, columns) of patches; 1 stands for an even share.
     """
     pixels = images.permute(0, 2, 3, 1).numpy()
     height, width = pixels.shape[1:3]
     b = len(images)
-    figure = _figure(1.45 * b + 1.8, 1.5 * (len(rows) + 1) + 0.8, title)
+    figure = new_figure(1.45 * b + 1.8, 1.5 * (len(rows) + 1) + 0.8, title)
     grid = figure.subplots(len(rows) + 1, b + 1, squeeze=False, width_ratios=[1.0] * b + [0.08])
     grid, bars = grid[:, :b], grid[:, b]
     bars[0].axis("off")
@@ -156,22 +128,16 @@ def plot_overlays(
         figure.colorbar(shown, cax=place, extend="max")
         place.tick_params(labelsize=7)
     figure.supxlabel("colour: attention that a patch receives from the class token, 1 = an even share", fontsize=9)
-    figure.savefig(path, dpi=DPI)
+    return figure
 
 
-def plot_distances(distances: torch.Tensor, even: float, path: Path, title: str) -> None:
-    """Draw the mean attention distance by depth, one dot a head.
+def plot_distances(distances: torch.Tensor, even: float, title: str):
+    """Draw the mean attention distance (depth, heads) in pixels by depth, one dot a head.
 
-    Args:
-        distances: (depth, heads) in pixels.
-        even: the distance if every token attended to all it sees alike.
-        path, title: as in `plot_confusion`.
-
-    Raises:
-        OSError: the file cannot be written.
+    `even` is the distance if every token attended to all it sees alike.
     """
     depth, heads = distances.shape
-    figure = _figure(6.5, 4.2, title)
+    figure = new_figure(6.5, 4.2, title)
     axes = figure.add_subplot()
     axes.axhline(even, color="gray", linestyle="--", linewidth=1, label="even attention")
     axes.plot(distances.mean(dim=1).numpy(), color="black", linewidth=1, label="mean over heads")
@@ -182,7 +148,7 @@ def plot_distances(distances: torch.Tensor, even: float, path: Path, title: str)
     axes.set_xticks(range(0, depth, max(1, depth // 12)))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=DPI)
+    return figure
 
 
 def tile(tiles: np.ndarray, columns: int, gap: int, fill: float | tuple) -> np.ndarray:
@@ -201,22 +167,17 @@ def _panels(count: int, height: float, title: str, side: float = 5.0):
     """A figure and its `count` axes, at most two in a row."""
     columns = min(2, count)
     rows = -(-count // columns)
-    figure = _figure(side * columns + 1.2, height * rows + 0.6, title)
+    figure = new_figure(side * columns + 1.2, height * rows + 0.6, title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in panels[count:]:
         unused.remove()
     return figure, panels[:count]
 
 
-def plot_similarity(tables: list[tuple[str, torch.Tensor, tuple[int, int]]], path: Path, title: str) -> None:
+def plot_similarity(tables: list[tuple[str, torch.Tensor, tuple[int, int]]], title: str):
     """Draw, for patches spread over the grid, how alike their position embedding is to each one of the grid.
 
-    Args:
-        tables: name, cosine similarity (n, n) and grid (rows, columns) of each scale.
-        path, title: as in `plot_confusion`.
-
-    Raises:
-        OSError: the file cannot be written.
+    `tables` has name, cosine similarity (n, n) and grid (rows, columns) of each scale.
     """
     figure, panels = _panels(len(tables), 4.8, title)
     low = min(similarity.min().item() for _, similarity, _ in tables)
@@ -232,19 +193,11 @@ def plot_similarity(tables: list[tuple[str, torch.Tensor, tuple[int, int]]], pat
         axes.set_xlabel("column of the patch", fontsize=9)
         axes.set_ylabel("row of the patch", fontsize=9)
     figure.colorbar(image, ax=panels, label="cosine similarity", shrink=0.7)
-    figure.savefig(path, dpi=DPI)
+    return figure
 
 
-def plot_filters(groups: list[tuple[str, torch.Tensor]], path: Path, title: str) -> None:
-    """Draw filters, each scaled to its own range.
-
-    Args:
-        groups: name and filters (n, c, h, w) of each scale, c 3 or 1.
-        path, title: as in `plot_confusion`.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+def plot_filters(groups: list[tuple[str, torch.Tensor]], title: str):
+    """Draw filters, each scaled to its own range; groups have a name and filters (n, c, h, w) each, c 3 or 1."""
     figure, panels = _panels(len(groups), 3.4, title)
     for axes, (name, filters) in zip(panels, groups, strict=True):
         low, high = filters.amin(dim=(1, 2, 3), keepdim=True), filters.amax(dim=(1, 2, 3), keepdim=True)
@@ -257,33 +210,20 @@ def plot_filters(groups: list[tuple[str, torch.Tensor]], path: Path, title: str)
         axes.imshow(canvas, interpolation="nearest")
         axes.set(facecolor=color, xticks=[], yticks=[])
         axes.set(xlim=(-0.5 - gap, canvas.shape[1] - 0.5 + gap), ylim=(canvas.shape[0] - 0.5 + gap, -0.5 - gap))
-        axes.set_title(
-            f"{name}\n{filters.shape[-1]} x {filters.shape[-2]} px, each scaled to its own range", fontsize=9
-        )
-    figure.savefig(path, dpi=DPI)
+        sides = f"{filters.shape[-1]} x {filters.shape[-2]} px, each scaled to its own range"
+        axes.set_title(f"{name}\n{sides}", fontsize=9)
+    return figure
 
 
-def plot_mistakes(
-    images: torch.Tensor, true: list[str], predicted: list[str], probability: list[float], path: Path, title: str
-) -> None:
-    """Draw misclassified images with what they are and what was predicted.
-
-    Args:
-        images: (b, 3, h, w) in 0..1.
-        true, predicted: (b) names of classes.
-        probability: (b) of the predicted class.
-        path, title: as in `plot_confusion`.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+def plot_mistakes(images: torch.Tensor, true: list[str], predicted: list[str], probability: list[float], title: str):
+    """Draw misclassified images (b, 3, h, w) in 0..1, with names of what they are and of what was predicted."""
     columns = min(5, len(images))
     rows = -(-len(images) // columns)
-    figure = _figure(2.0 * columns, 2.25 * rows + 0.6, title)
+    figure = new_figure(2.0 * columns, 2.25 * rows + 0.6, title)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, is_, seems, p in zip(grid.flat, images, true, predicted, probability, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy())
         axes.set_title(f"{shorten(seems)} {100 * p:.1f} %\nis {shorten(is_)}", fontsize=8)
-    figure.savefig(path, dpi=DPI)
+    return figure
