@@ -7,11 +7,11 @@
 
 Prints a table a data set, and writes results.md, results.csv, comparison_DATASET.png and RUN_curves.png. Accuracy is
 that of the best checkpoint, mean and sample standard deviation over seeds; unfinished runs show their last step and
-are in no mean.
+are in no mean. Files that are not of a run are named and left out.
 """
 
 from utils import cli, options
-from utils.cli import UserError
+from utils.cli import refuse
 
 if __name__ == "__main__":  # a wrong flag is answered before anything is loaded
     ARGS = options.plot_parser().parse_args()
@@ -22,47 +22,22 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from models import MODELS, NORM_TYPES, model_sizes
 from utils import results
 from utils.results import Row, Run
+from utils.vis_utils import new_figure
 
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
-def new_figure(width: float, height: float):
-    """A figure that is only ever saved, never shown."""
-    from matplotlib import rcParams
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rcParams["text.parse_math"] = False  # a $ in a name is a $
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def mark(run: Run) -> str | None:
-    """A few evaluations are points, many are a line."""
-    return "o" if len(run.steps) <= 20 else None
-
-
-def draw_run(run: Run, path: Path, logs: Path | None) -> None:
-    """Evaluated loss and accuracy against steps, and beside them the training loss where it is known.
-
-    Args:
-        run: as read.
-        path: of the PNG.
-        logs: folder of the TensorBoard logs, for the training loss of every logged step.
-    """
-    steps, train = results.read_board(logs / run.settings.get("name", run.id), "train/loss") if logs else ([], [])
+def draw_run(run: Run, logs: Path | None):
+    """Evaluated loss and accuracy against steps, and beside them the training loss; with `logs`, of every step."""
+    steps, train = results.read_board(logs / (run.settings.get("name") or run.id), "train/loss") if logs else ([], [])
     history = bool(steps) or len(run.train_loss) == len(run.steps) > 0
-    figure = new_figure(12 if history else 7, 4.5)
     state = f"best {100 * run.best:.2f} %, last {100 * run.last:.2f} %" if run.finished else run.progress
-    figure.suptitle(f"{run.id}\n{run.dataset}: {state}", fontsize=11)
-
+    figure = new_figure(12 if history else 7, 4.5, f"{run.id}\n{run.dataset}: {state}")
     left = figure.add_subplot(1, 1 + history, 1)
     right = left.twinx()
-    style = dict(marker=mark(run), markersize=3)
+    style = dict(marker="o" if len(run.steps) <= 20 else None, markersize=3)  # a few are points, many a line
     losses = left.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style)
     scores = [100 * value for value in run.accuracy]
     scores = right.plot(run.steps, scores, color="tab:blue", label=f"{run.chosen_on} accuracy", **style)
@@ -71,7 +46,6 @@ def draw_run(run: Run, path: Path, logs: Path | None) -> None:
     right.set_ylabel("accuracy, %", color="tab:blue")
     left.grid(alpha=0.3)
     left.legend(handles=losses + scores, loc="center right")
-
     if history:
         axes = figure.add_subplot(1, 2, 2)
         if steps:
@@ -82,7 +56,7 @@ def draw_run(run: Run, path: Path, logs: Path | None) -> None:
         axes.set(xlabel="step", ylabel="loss", title="Training history")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def curve(runs: list[Run], values: str) -> tuple[list[int], list[float], list[float]]:
@@ -106,12 +80,11 @@ def looks(rows: list[Row]) -> list[dict]:
     ]
 
 
-def draw_comparison(dataset: str, chosen_on: str, rows: list[Row], path: Path) -> None:
+def draw_comparison(dataset: str, chosen_on: str, rows: list[Row]):
     """Evaluated accuracy and loss of all runs on a data set: the mean over seeds, in a band of ± one deviation."""
     columns = 3 if len(rows) <= 12 else 4
-    figure = new_figure(12, 5 + 0.22 * -(-len(rows) // columns))
-    band = any(len(row.runs) > 1 for row in rows)
-    figure.suptitle(dataset + ("; mean over seeds, band ± sample standard deviation" if band else ""), fontsize=12)
+    band = "; mean over seeds, band ± sample standard deviation" if any(len(row.runs) > 1 for row in rows) else ""
+    figure = new_figure(12, 5 + 0.22 * -(-len(rows) // columns), dataset + band)
     for place, (values, scale, unit) in enumerate((("accuracy", 100, ", %"), ("loss", 1, ""))):
         axes = figure.add_subplot(1, 2, 1 + place)
         for row, look in zip(rows, looks(rows), strict=True):
@@ -127,63 +100,31 @@ def draw_comparison(dataset: str, chosen_on: str, rows: list[Row], path: Path) -
         axes.set(xlabel="step", ylabel=f"{chosen_on} {values}{unit}")
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
-def plan(words: list[str]) -> int:
-    """Say what a train.py with these flags would do here: its steps, its state, and the time by runs like it."""
-    args = options.parse_train_args(words, MODELS, NORM_TYPES, model_sizes)
-    steps = f"{args.num_steps} steps" if args.num_steps else f"{args.epochs:g} epochs"
-    folder, run_id = Path(args.output_dir), options.run_id(args)
-    try:
-        runs = results.read_runs(folder)
-    except UserError:
-        runs = []
-    run = next((run for run in runs if run.id == run_id), None)
-    clash = []
-    if run and (run.steps or run.finished or (folder / f"{run_id}_last.bin").exists()):
-        differing = results.differing(run.settings, options.settings(args))
-        clash = [f"{key} {run.settings[key]}" for key in differing]
-    if clash:
-        print(f"  {steps}; would be refused, as the run exists with {', '.join(clash[:3])}")
-    elif run and run.finished:
-        print(f"  {steps}; finished: best accuracy {run.best:f}")
-    else:
-        found = results.time_like(runs, options.settings(args))
-        time = f"time unknown, as {folder} holds no finished run of this cost"
-        if found:
-            done = run.steps[-1] / run.num_steps if run and run.steps else 0
-            time = f"about {found[0] * (1 - done):.1f} min, as {found[1].id} took {found[1].minutes:.1f}"
-        print(f"  {steps}; {f'goes on after {run.progress}; ' if run else ''}{time}")
-    return 0
+    return figure
 
 
 def main(args: Namespace) -> int:
-    if args.plan is not None:
-        return plan(args.plan)
-    if args.logs and not Path(args.logs).is_dir():
-        raise UserError(f"{args.logs}: no such folder")
-    runs = results.read_runs(args.runs)
-    for run in runs:
-        if run.cut_off:
-            print(f"plot.py: {run.id}: the last line is cut off and left out", file=sys.stderr)
+    refuse(args.logs and not Path(args.logs).is_dir(), f"{args.logs}: no such folder")
+    runs, left_out = results.read_runs(args.runs)
+    notes = [f"{run.id}: the last line is cut off and left out" for run in runs if run.cut_off]
+    for note in (*notes, *(f"left out: {each}" for each in left_out)):
+        print(f"plot.py: {cli.one_line(note)}", file=sys.stderr)
     found = results.tables(runs)
     text = "\n".join(results.markdown(*key, rows) for key, rows in found.items())
     print(text)
     path = Path(args.runs)
     folder = Path(args.out) if args.out else path if path.is_dir() else path.parent
-    try:
+    with cli.refusing(f"{folder}: cannot be written to", "choose another --out", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.md").write_text(text, encoding="utf-8")
         (folder / "results.csv").write_text(results.csv_text(found), encoding="utf-8")
         for (dataset, chosen_on), rows in found.items():
             name = re.sub(r"[^a-zA-Z0-9_.-]+", "_", dataset)[-100:] + ("" if chosen_on == "test" else f"_{chosen_on}")
-            draw_comparison(dataset, chosen_on, rows, folder / f"comparison_{name}.png")
+            draw_comparison(dataset, chosen_on, rows).savefig(folder / f"comparison_{name}.png", dpi=150)
         drawn = [run for run in runs if run.steps]
         for run in drawn:
-            draw_run(run, folder / f"{run.id}_curves.png", Path(args.logs) if args.logs else None)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
+            figure = draw_run(run, Path(args.logs) if args.logs else None)
+            figure.savefig(folder / f"{run.id}_curves.png", dpi=150)
     print(f"{folder}: results.md, results.csv, {len(found)} comparison_*.png, {len(drawn)} *_curves.png")
     return 0
 
