@@ -1,5 +1,3 @@
 #!/bin/sh
 # The sweep of train1.sh on CIFAR-100; see there.
-DATASET=${DATASET:-cifar100}
-export DATASET
-exec sh "$(dirname -- "$0")/train1.sh" "$@"
+DATASET=${DATASET:-cifar100} exec sh "$(dirname -- "$0")/train1.sh" "$@"
