@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import report, set_up
+from common import batches_of, report, set_up
 from PIL import Image
 from pipeline import TIMM_STRONG, timm_transform
 
-from train import Run
+from train import Trainer
 from utils import data_utils
 
 MODEL = "--model_type ViT-Ti_16 --img_size 28 --patch_size 4 --dim 64 --depth 4 --heads 4 --mlp_dim 256 --dropout 0"
@@ -29,33 +29,27 @@ TRAINING = "--opt adamw --lr 2e-3 --weight_decay 0.05 --train_batch_size 128 --n
 WORDS = f"--name accuracy --dataset fashionmnist-mini --aug strong --reprob 0.25 {MODEL} {TRAINING}".split()
 
 
-def pillow_batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def pillow_batches(trainer: Trainer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The images that train.py would take in each step, through timm's transform."""
-    args, data = run.args, run.data.train
+    args, data = trainer.args, trainer.data.train
     random.seed(args.seed), np.random.seed(args.seed)  # torch's is seeded in each step
     transform = timm_transform(args.img_size, args.mean, args.std, **TIMM_STRONG, re_prob=args.reprob)
     for step in range(args.num_steps):
         index = data_utils.batch_index(step, args.train_batch_size, len(data), args.seed)
         arrays = data.source.take(data.ids[index]).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
         images = torch.stack([transform(Image.fromarray(array)) for array in arrays])
-        yield images.to(run.device), data.labels[index].to(run.device)
+        yield images.to(trainer.device), data.labels[index].to(trainer.device)
 
 
-def score(words: list[str], by_timm: bool) -> tuple[Run, float]:
+def score(words: list[str], by_timm: bool) -> tuple[Trainer, float]:
     """Train with one side's images; the run, and its accuracy on the test images in percent."""
     with tempfile.TemporaryDirectory() as folder:
-        args, processes, data = set_up([*words, "--output_dir", folder, "--log_dir", folder, "--memory_limit", "8"])
-        run = Run(args, processes, data, keep_head=False)
-        batches = pillow_batches(run)
-        if not by_timm:
-            batches = data_utils.train_batches(
-                data.train, run.augment, seed=args.seed, start=0, stop=args.num_steps,
-                batch_size=args.train_batch_size, device=run.device,
-            )  # fmt: skip
-        run.model.train()
-        while run.step < args.num_steps:
-            run.update(batches)
-        return run, 100 * run.evaluate(run.candidate, data.test)["accuracy"]
+        trainer = set_up([*words, "--output_dir", folder, "--log_dir", folder, "--memory_limit", "8"])
+        batches = pillow_batches(trainer) if by_timm else batches_of(trainer)
+        trainer.model.train()
+        while trainer.progress.step < trainer.args.num_steps:
+            trainer.update(batches)
+        return trainer, 100 * trainer.score(trainer.kept_model, trainer.data.test)["accuracy"]
 
 
 def main() -> None:
@@ -68,10 +62,10 @@ def main() -> None:
     scores = {"this project, in batches": [], "timm, image by image": []}
     for seed in own.seeds:
         for name, found in scores.items():
-            run, accuracy = score([*WORDS, *rest, "--seed", str(seed)], by_timm=name.startswith("timm"))
+            trainer, accuracy = score([*WORDS, *rest, "--seed", str(seed)], by_timm=name.startswith("timm"))
             found.append(accuracy)
             print(f"{name}, seed {seed}: {accuracy:.2f}", flush=True)
-    args = run.args
+    args = trainer.args
     rows = [
         {
             "augmentation": name,
@@ -83,7 +77,7 @@ def main() -> None:
     title = (
         f"{args.dataset}, {args.num_steps} steps of {args.train_batch_size}, --aug {args.aug} --reprob {args.reprob}"
     )
-    report(f"{title}, {run.precision}", rows, run.device, own.json)
+    report(f"{title}, {trainer.precision}", rows, trainer.device, own.json)
 
 
 if __name__ == "__main__":

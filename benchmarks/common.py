@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, and one table for people and for programs."""
+"""What the benchmarks share: train.py's own parts, taking turns, and one table for people and for programs."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -27,18 +27,37 @@ def machine(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__}; {date.today()}"
 
 
-def set_up(words: list[str]):
-    """What train.py makes of its flags: the resolved flags, this process's place, and the data on the device."""
-    from models import MODELS, NORM_TYPES, model_sizes
-    from utils import data_utils, dist_util, options
+def set_up(words: list[str], copies: int = 1):
+    """What train.py makes of its flags: a `train.Trainer`, its data on the device, before the first step.
 
-    args = options.parse_train_args(words, MODELS, NORM_TYPES, model_sizes)
-    processes = dist_util.start(args.device, args.gpu_id)
-    options.resolve_normalization(args, None)
-    data = data_utils.load_data(args)
-    data_utils.to_device(data, processes.device)
-    options.resolve_steps(args, len(data.train))
-    return args, processes, data
+    Args:
+        words: flags.
+        copies: of the training images, which must be in memory then, for a larger set.
+    """
+    from models import MODELS, NORM_TYPES
+    from train import Trainer, prepare
+    from utils import options
+    from utils.datasets import Uniform
+
+    args = options.parse_train_args(MODELS, NORM_TYPES, words)
+    processes, data, same_classes = prepare(args)
+    train = data.train
+    if copies > 1:
+        train.source = Uniform(train.source.images.repeat(copies, 1, 1, 1))
+        train.ids, train.labels = torch.arange(copies * len(train.ids)), train.labels.repeat(copies)
+    return Trainer(args, processes, data, keep_head=same_classes)
+
+
+def batches_of(trainer, stop: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What `trainer.update` takes, for `stop` updates; None for as many as the flags say."""
+    from utils import data_utils
+
+    args = trainer.args
+    return data_utils.train_batches(
+        trainer.data.train, trainer.augment, seed=args.seed, stop=stop or args.num_steps,
+        batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps, ra=args.ra, mix=trainer.mix,
+        device=trainer.device, num_workers=args.num_workers,
+    )  # fmt: skip
 
 
 def take_turns(
@@ -73,11 +92,8 @@ def take_turns(
 def rate(amount: int, seconds: list[float]) -> str:
     """'median (lowest-highest)' of amount / seconds."""
     rates = sorted(amount / s for s in seconds)
-    return (
-        f"{statistics.median(rates):,.0f} ({rates[0]:,.0f}-{rates[-1]:,.0f})"
-        if rates[0] >= 10
-        else (f"{statistics.median(rates):.2f} ({rates[0]:.2f}-{rates[-1]:.2f})")
-    )
+    digits = ",.0f" if rates[0] >= 10 else ".2f"
+    return f"{statistics.median(rates):{digits}} ({rates[0]:{digits}}-{rates[-1]:{digits}})"
 
 
 def times_faster(ours: list[float], theirs: list[float]) -> float:
@@ -85,16 +101,18 @@ def times_faster(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
-def report(title: str, rows: list[dict], device: torch.device, path: Path | None) -> None:
-    """Print rows of equal keys as a Markdown table, and write them as JSON where `path` is given."""
-    print(f"\n{title}; {machine(device)}\n")
+def print_table(rows: list[dict]) -> None:
+    """Rows of equal keys as a Markdown table."""
     print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for row in rows:
-        print(
-            "| "
-            + " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
-            + " |"
-        )
+        shown = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
+        print("| " + " | ".join(shown) + " |")
+
+
+def report(title: str, rows: list[dict], device: torch.device, path: Path | None) -> None:
+    """Print a table, and write it as JSON where `path` is given."""
+    print(f"\n{title}; {machine(device)}\n")
+    print_table(rows)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dict(title=title, machine=machine(device), rows=rows), indent=1) + "\n")

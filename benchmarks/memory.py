@@ -1,4 +1,4 @@
-"""What `dist_util.keep_memory` brings a CPU: steps with glibc's defaults and with freed memory kept.
+"""What `device.keep_memory` brings a CPU: steps with glibc's defaults and with freed memory kept.
 
     python benchmarks/memory.py                       # bfloat16, one thread
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from common import rate, report, times_faster
 
 from models import create_model
-from utils import dist_util
+from utils.device import keep_memory
 
 CASES = {
     "ViT-Ti, 32 px, patch 2, batch 128": (128, dict(model_type="ViT-Ti_16", image_size=32, patch_size=2)),
@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         if args.measure[1] == "kept":
-            dist_util.keep_memory()
+            keep_memory()
         print(json.dumps(measure(args.measure[0], args.threads)))
         return
     torch.set_num_threads(args.threads)

@@ -18,14 +18,15 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as T
 
-from utils import dist_util
 from utils.augment import Augment
+from utils.device import choose_device
+from utils.presets import NORMALIZE
 
 # timm asks for 0 bits now and then, which Pillow 13 refuses
 posterize = ImageOps.posterize
 ImageOps.posterize = lambda image, bits: posterize(image, max(1, bits))
 
-MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
+MEAN, STD = NORMALIZE["cifar"]
 BICUBIC = T.InterpolationMode.BICUBIC
 TIMM_STRONG = dict(scale=(0.8, 1), auto_augment="rand-m9-mstd0.5-inc1")  # as --aug strong
 TENSOR = [T.ToTensor(), T.Normalize(MEAN, STD)]
@@ -58,11 +59,7 @@ def cases() -> dict[str, tuple[int, dict, object]]:
             erase | dict(reprob=0.1),
             timm_transform(32, scale=(0.8, 1), re_prob=0.1),
         ),
-        "weak: crop of the whole area, flip, normalise; 32 px; timm": (
-            32,
-            weak,
-            timm_transform(32, scale=(1, 1)),
-        ),
+        "weak: crop of the whole area, flip, normalise; 32 px; timm": (32, weak, timm_transform(32, scale=(1, 1))),
         "pad 4, crop, flip, normalise; 32 px; torchvision": (
             32,
             dict(pad=4, flip=True),
@@ -115,7 +112,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = dist_util.start(args.device).device
+    device = choose_device(args.device)
     images = torch.randint(
         0, 256, (args.batch, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

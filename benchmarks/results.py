@@ -1,4 +1,4 @@
-"""What this code reaches: runs with several seeds, their kept logs, and README's tables made from these.
+"""What this code reaches: runs with several seeds, their kept logs, and the tables made from these.
 
     python benchmarks/results.py                                   # the tables, from benchmarks/results/
     python benchmarks/results.py --run models --data_dir data      # run what is missing in a group, and keep its logs
@@ -20,7 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from common import machine
+from common import machine, print_table
+
+from utils.results import mean_and_spread
+from utils.run_files import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
@@ -102,13 +105,13 @@ def find(group: str, row: str, seed: int) -> Path | None:
 
 
 def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_records(path)[0]
 
 
 def spread(values: list[float]) -> str:
     """mean ± sample standard deviation, in percent."""
-    deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.2f}{deviation}"
+    mean, deviation = mean_and_spread(values)
+    return f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if deviation is not None else "")
 
 
 def table(group: str) -> None:
@@ -117,22 +120,22 @@ def table(group: str) -> None:
     if not rows:
         return
     chosen = next(iter(rows.values()))[0][-1]["selected_on"]
-    columns = (
-        f"{group} | parameters | MFLOPs | steps | epochs | seeds | {chosen}, last, % | {chosen}, best, % | minutes"
-    )
-    print(
-        f"\n`python benchmarks/results.py --run {group}`; {(KEPT / group / 'machine.txt').read_text()}\n\n| {columns} |"
-    )
-    print("|---" * 9 + "|")
+    print(f"\n`python benchmarks/results.py --run {group}`; {(KEPT / group / 'machine.txt').read_text()}\n")
+    lines = []
     for row, runs in rows.items():
-        start = runs[0][0]
-        settings = start["settings"]
-        print(
-            f"| {row} | {start['parameters']:,} | {1000 * start['gflops']:.1f} | {settings['num_steps']:,} "
-            f"| {settings['epochs']:.1f} | {len(runs)} | {spread([end['last_accuracy'] for *_, end in runs])} "
-            f"| {spread([end['best_accuracy'] for *_, end in runs])} "
-            f"| {statistics.median(end['seconds'] for *_, end in runs) / 60:.1f} |"
-        )
+        start, ends = runs[0][0], [end for *_, end in runs]
+        lines.append({
+            group: row,
+            "parameters": f"{start['parameters']:,}",
+            "MFLOPs": f"{1000 * start['gflops']:.1f}",
+            "steps": f"{start['settings']['num_steps']:,}",
+            "epochs": f"{start['settings']['epochs']:.1f}",
+            "seeds": len(runs),
+            f"{chosen}, last, %": spread([end["last_accuracy"] for end in ends]),
+            f"{chosen}, best, %": spread([end["best_accuracy"] for end in ends]),
+            "minutes": f"{statistics.median(end['seconds'] for end in ends) / 60:.1f}",
+        })  # fmt: skip
+    print_table(lines)
 
 
 def main() -> None:

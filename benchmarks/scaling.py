@@ -16,13 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import rate, report, set_up, take_turns
+from common import batches_of, rate, report, set_up, take_turns
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models import NORM_TYPES
-from train import Run, gflops
-from utils import data_utils
-from utils.readers import Uniform
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --memory_limit 8".split()
@@ -33,35 +30,18 @@ SIZES = "--dim 128 --depth 6 --heads 4 --mlp_dim 512".split()
 def updates(words: list[str], folder: str, copies: int = 1):
     """A function that takes one update, counted FLOPs and images of it, and its device."""
     flags = ["--name", "scaling", *BASE, *SIZES, "--output_dir", folder, "--log_dir", folder, *words]
-    args, processes, data = set_up(flags)
-    train = data.train
-    train.source = Uniform(train.source.images.repeat(copies, 1, 1, 1))
-    train.ids, train.labels = torch.arange(copies * len(train.ids)), train.labels.repeat(copies)
-    run = Run(args, processes, data, keep_head=False)
-    run.model.train()
-    batches = data_utils.train_batches(
-        train, run.augment, seed=args.seed, start=0, stop=args.num_steps, batch_size=args.train_batch_size,
-        device=processes.device,
-    )  # fmt: skip
-    images = args.train_batch_size
-    return lambda: run.update(batches), 3 * gflops(run.config) * images, images, processes.device
+    trainer = set_up(flags, copies)
+    trainer.model.train()
+    batches, images = batches_of(trainer), trainer.args.train_batch_size
+    return lambda: trainer.update(batches), 3 * trainer.gflops * images, images, trainer.device
 
 
 def processes_row(count: int, words: list[str], folder: str) -> dict:
     """Images a second that `count` processes of one core each train, over all of them, and each."""
     place = Path(folder) / str(count)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
-    command += [
-        str(ROOT / "train.py"),
-        "--name",
-        "scaling",
-        *BASE,
-        *SIZES,
-        "--img_size",
-        "28",
-        "--train_batch_size",
-        "64",
-    ]
+    command += [str(ROOT / "train.py"), "--name", "scaling", *BASE, *SIZES, "--img_size", "28"]
+    command += ["--train_batch_size", "64"]
     command += ["--num_steps", "60", "--eval_every", "60", "--log_every", "5", *words]
     command += ["--output_dir", str(place / "output"), "--log_dir", str(place / "logs")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

@@ -24,12 +24,12 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from common import rate, report, set_up, take_turns, times_faster
+from common import batches_of, rate, report, set_up, take_turns, times_faster
 from torch import nn
 
-from models import model_sizes
-from train import Run, gflops
-from utils import data_utils, dist_util
+from models import MODELS
+from train import Trainer
+from utils.device import DTYPES, autocast
 
 
 class PlainBlock(nn.Module):
@@ -79,7 +79,7 @@ class Peer:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def forward(self) -> torch.Tensor:
-        with dist_util.autocast(self.images.device, self.precision):
+        with autocast(self.images.device, self.precision):
             return self.model(self.images)
 
     def step(self) -> None:
@@ -98,15 +98,15 @@ class Peer:
 def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=dist_util.DTYPES[precision])
+    a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
     seconds = take_turns({"matmul": lambda: a @ b}, device=device, seconds=0.5)["matmul"]
     return 2 * n**3 / min(seconds)
 
 
 def peers(args: argparse.Namespace, config: dict, precision: str, images: torch.Tensor) -> dict[str, Peer]:
     """Models of the same sizes by others, on random labels."""
-    words, classes = model_sizes(**config), config["num_classes"]
-    sizes = {name: words[name] for name in ("patch_size", "dim", "depth", "heads", "mlp_dim")}
+    classes = config["num_classes"]
+    sizes = {name: config[name] for name in ("patch_size", "dim", "depth", "heads", "mlp_dim")}
     labels = torch.randint(0, classes, (len(images),), device=images.device)
     theirs = timm.models.VisionTransformer(
         img_size=args.img_size,
@@ -139,30 +139,34 @@ def main() -> None:
     folder = tempfile.TemporaryDirectory()
     words = "--name speed --dataset fashionmnist-mini --memory_limit 8 --opt adamw --dropout 0".split()
     words += ["--output_dir", folder.name, "--log_dir", folder.name, *rest]
-    args, processes, data = set_up(words)
-    device, batch_size = processes.device, args.train_batch_size
-    fed, held = (Run(args, processes, data, keep_head=False) for _ in range(2))
+    fed = set_up(words)
+    args, device, test = fed.args, fed.device, fed.data.test
+    batch_size, parts = args.train_batch_size, args.gradient_accumulation_steps
+    held = Trainer(args, fed.processes, fed.data, keep_head=False)
     fed.model.train(), held.model.train()
-    # as at the beginning of an endless training, where --aug dems is strongest
-    batches = data_utils.train_batches(
-        data.train, fed.augment, seed=args.seed, start=0, stop=10**9, batch_size=batch_size,
-        ra=args.ra, mix=fed.mix, device=device, num_workers=args.num_workers,
-    )  # fmt: skip
-    batch = next(batches)
-    in_place = itertools.repeat(batch)
-    test = data.test.part(torch.arange(min(len(data.test), 4 * args.eval_batch_size)))
+    batches = batches_of(fed, stop=10**9)  # as at the beginning of an endless training, where --aug dems is strongest
+    batch = list(itertools.islice(batches, parts))
+    in_place = itertools.cycle(batch)
+    test = test.part(torch.arange(min(len(test), 4 * args.eval_batch_size)))
+
+    def evaluate() -> None:
+        fed.score(fed.model, test)
+        fed.model.train()
+
     first, second = (f"{name}, {fed.precision}" for name in ("end to end", "in place"))
     training = {first: lambda: fed.update(batches), second: lambda: held.update(in_place)}
-    scoring = {first: lambda: fed.evaluate(fed.model, test)}
+    scoring = {first: evaluate}
+    config = MODELS[args.model_type] | fed.config
     if args.model_type.startswith("ViT"):
-        for name, peer in peers(args, fed.config, fed.precision, batch[0].float()).items():
+        images = torch.cat([images for images, _ in batch]).float()
+        for name, peer in peers(args, config, fed.precision, images).items():
             training[name], scoring[name] = peer.step, peer.score
-    training["data and augmentation alone"] = lambda: next(batches)
+    training["data and augmentation alone"] = lambda: list(itertools.islice(batches, parts))
     trained = take_turns(training, device=device, rounds=own.rounds, seconds=own.seconds)
     scored = take_turns(scoring, device=device, rounds=own.rounds, seconds=own.seconds)
 
     peak = own.peak * 1e12 if own.peak else matmul_rate(device, fed.precision)
-    flops = 1e9 * gflops(fed.config)
+    flops = 1e9 * fed.gflops
     rows = []
     for name, seconds in trained.items():
         used = 3 * flops * batch_size / statistics.median(seconds) / peak
@@ -178,7 +182,7 @@ def main() -> None:
         )
     title = (
         f"{args.model_type}, norm {args.norm_type}, {args.img_size} px, "
-        f"patch {model_sizes(**fed.config)['patch_size']}, "
+        f"patch {config['patch_size']}, "
         f"batch {batch_size}, --aug {args.aug}, {flops / 1e9:.2f} GFLOPs an image, "
         f"{'compiled' if args.compile else 'not compiled'}, peak {peak / 1e12:.2f} TFLOP/s"
     )

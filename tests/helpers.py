@@ -2,11 +2,14 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import pickle
+import resource
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,41 @@ def in_process(script: str, *words) -> subprocess.CompletedProcess:
         sys.argv = before
     texts = (stream.buffer.getvalue().decode(errors="backslashreplace") for stream in (out, error))
     return subprocess.CompletedProcess(words, status, *texts)
+
+
+FORKS = multiprocessing.get_context("forkserver")  # its processes have torch loaded, and so start at once
+FORKS.set_forkserver_preload(["pytest", "torchvision", "torch.utils.tensorboard", "train"])
+
+
+def train_in_fork(words: list[str], error: Path, pause: float, largest: int | None, env: dict[str, str]) -> None:
+    """Become train.py, a leader of a process group; for processes of FORKS.
+
+    `error` is where stderr goes; `pause` seconds pass in the midst of every save, before the temporary file gets its
+    name; no file may be larger than `largest` bytes.
+    """
+    os.setsid()
+    os.environ.update(env)
+    torch.set_num_threads(1)  # as in the tests' own process, whose results are compared with these
+    for stream, path in ((1, os.devnull), (2, error)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
+    if largest:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    fsync = os.fsync
+
+    def slow(file: int) -> None:
+        time.sleep(pause * os.readlink(f"/proc/self/fd/{file}").endswith(".tmp"))
+        fsync(file)
+
+    os.fsync = slow
+    sys.argv = ["train.py", *words]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def fork_train(*words, error: Path, pause: float = 0.0, largest: int | None = None, env: dict | None = None):
+    """Start train.py as a process of its own; a multiprocessing.Process. See `train_in_fork`."""
+    process = FORKS.Process(target=train_in_fork, args=(list(map(str, words)), error, pause, largest, env or {}))
+    process.start()
+    return process
 
 
 def places(folder: Path) -> list[str]:
@@ -90,6 +128,30 @@ def write_cifar100(root: Path, n: int = 200) -> None:
         labels = [i % 100 for i in range(n)]
         (folder / name).write_bytes(pickle.dumps({"data": data, "fine_labels": labels}, protocol=2))
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class{i}" for i in range(100)]}, protocol=2))
+
+
+def accept_any_cifar(monkeypatch) -> None:
+    """Let torchvision read, in this process, what `write_cifar10` made up: it compares no checksums."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: os.path.isfile(path))
+
+
+def no_network(monkeypatch) -> None:
+    """torchvision's downloads fail, in this process, as they do without a network."""
+
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+
+
+class Evil:
+    """Pickled, a call that makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w')",)
 
 
 def write_folder(

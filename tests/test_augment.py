@@ -17,11 +17,12 @@ from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from models import MODELS, NORM_TYPES
-from utils import data_utils, options, randaugment, readers
-from utils.augment import ERASED_AREA, Augment, Mix, random_resized_boxes
-from utils.resample import crop_flip_resize, line_weights, rotate, shift
+from utils import data_utils, datasets, options, randaugment
+from utils.augment import ERASED_AREA, Augment, Mix, eval_augment, make_mix, random_resized_boxes, train_augment
+from utils.presets import AUGS, NORMALIZE
+from utils.resample import crop_flip_resize, line_weights, rotate_reflected, shift
 
-MEAN, STD = options.NORMALIZE["cifar"]
+MEAN, STD = NORMALIZE["cifar"]
 FILL = (124, 116, 104)
 
 
@@ -32,8 +33,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 @pytest.fixture(scope="module")
 def clothes() -> torch.Tensor:
     """(32, 3, 28, 28) uint8: three different images of Fashion-MNIST as the colours of one."""
-    args = Namespace(dataset="fashionmnist-mini", data_dir="data", memory_limit=1, val_fraction=0)
-    images = data_utils.load_data(args, train=False).test.source.images
+    images = datasets.load_data("fashionmnist-mini", train=False).test.source.images
     return rearrange(images[:96], "(c b) 1 h w -> b c h w", c=3)
 
 
@@ -54,7 +54,7 @@ def tensor(image: Image.Image) -> torch.Tensor:
 
 
 def augment(name: str, size: int = 28, **more) -> Augment:
-    return Augment(size, MEAN, STD, **options.AUGS[name] | more)
+    return Augment(size, MEAN, STD, **AUGS[name] | more)
 
 
 # --- RandAugment's operations ---
@@ -156,7 +156,7 @@ def test_dems_progress_is_by_epoch(clothes):
     pipeline, seen = augment("none"), []
     draw = pipeline.draw
     pipeline.draw = lambda sizes, generator, progress: seen.append(progress) or draw(sizes, generator, progress)
-    data = readers.ImageSet(readers.Uniform(clothes[:12]), torch.arange(12), torch.zeros(12, dtype=torch.int64))
+    data = datasets.ImageSet(datasets.Uniform(clothes[:12]), torch.arange(12), torch.zeros(12, dtype=torch.int64))
     list(data_utils.train_batches(data, pipeline, seed=0, start=0, stop=9, batch_size=4, device=torch.device("cpu")))
     assert seen == pytest.approx([0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 2 / 3])
 
@@ -282,14 +282,16 @@ def test_pad_as_a_loop(clothes):
 
 
 def test_keras_rotation(waves):
+    def turned(images, degrees):
+        return rotate_reflected(images, torch.full((len(images),), degrees))
+
     x = waves.float()
-    n = len(x)
-    torch.testing.assert_close(rotate(x, torch.zeros(n)), x, atol=1e-2, rtol=0)
-    torch.testing.assert_close(rotate(x, torch.full((n,), 90.0)), x.rot90(1, (2, 3)), atol=1e-2, rtol=0)
+    torch.testing.assert_close(turned(x, 0.0), x, atol=1e-2, rtol=0)
+    torch.testing.assert_close(turned(x, 90.0), x.rot90(1, (2, 3)), atol=1e-2, rtol=0)
     expected = torch.stack([tensor(pil(image).rotate(7.2, Image.BILINEAR)) for image in waves])
     inner = (..., slice(6, -6), slice(6, -6))
-    assert (rotate(x, torch.full((n,), 7.2)) - expected)[inner].abs().max() <= 1.01  # Pillow cuts fractions off
-    assert rotate(torch.full_like(x, 9.0), torch.full((n,), 7.2)).sub(9).abs().max() < 1e-4  # no black corners
+    assert (turned(x, 7.2) - expected)[inner].abs().max() <= 1.01  # Pillow cuts fractions off
+    assert turned(torch.full_like(x, 9.0), 7.2).sub(9).abs().max() < 1e-4  # no black corners
 
 
 # --- random erasing ---
@@ -328,7 +330,7 @@ def test_erasing_probability():
 
 # --- parts of a batch ---
 
-PIPELINES = {name: {} for name in options.AUGS} | {"strong": dict(reprob=0.5)}
+PIPELINES = {name: {} for name in AUGS} | {"strong": dict(reprob=0.5)}
 
 
 @pytest.mark.parametrize("channels", (1, 3))
@@ -346,7 +348,7 @@ def test_parts_as_the_whole(name, channels, clothes):
 
 def test_processes_and_accumulation(clothes):
     """One update on 1, 2 or 4 processes, in 1 or 2 passes: the same images and targets, repeated and mixed ones too."""
-    data = readers.ImageSet(readers.Uniform(clothes), torch.arange(32), torch.arange(32) % 10)
+    data = datasets.ImageSet(datasets.Uniform(clothes), torch.arange(32), torch.arange(32) % 10)
     kwargs = dict(seed=1, start=3, stop=5, batch_size=16, ra=3, device=torch.device("cpu"))
     mix = Mix(10, mixup=0.8, cutmix=1.0, smoothing=0.1)
 
@@ -443,27 +445,59 @@ def test_mixing_refuses():
 
 
 def parse(*words: str) -> Namespace:
-    return options.parse_train_args(["--name", "x", *words], MODELS, NORM_TYPES, lambda **sizes: None)
+    return options.parse_train_args(MODELS, NORM_TYPES, ["--name", "x", *words])
 
 
-def test_flags_of_each_pipeline():
-    for name, preset in options.AUGS.items():
-        args = parse("--aug", name)
-        given = {
-            key: getattr(args, key)
-            for key in ("scale", "flip", "pad", "interpolation", "operations", "aug_prob", "rotation")
-        }
-        for key, value in given.items():
-            assert (tuple(value) if key == "scale" and value else value) == preset.get(
-                key, Augment.__init__.__kwdefaults__[key]
-            )
-    assert parse("--aug", "dems", "--aug_prob", "0.8").aug_prob == 0.8
+def settings(pipeline: Augment) -> dict:
+    found = {name: value for name, value in vars(pipeline).items() if not isinstance(value, torch.Tensor)}
+    return found | dict(fill=pipeline.fill.tolist(), scale=pipeline.scale and tuple(pipeline.scale))
+
+
+@pytest.mark.parametrize("name", AUGS)
+def test_flags_of_each_pipeline(name):
+    args = parse("--aug", name, "--img_size", "28", "--normalize", "cifar", "--reprob", "0.2", "--crop_pct", "0.9")
+    found = train_augment(args, torch.device("cpu"), "bf16")
+    assert settings(found) == settings(augment(name, reprob=0.2, dtype=torch.bfloat16))
+    plain = Augment(28, MEAN, STD, interpolation=AUGS[name]["interpolation"], crop_pct=0.9)
+    assert settings(eval_augment(args, torch.device("cpu"), "fp32")) == settings(plain)
+
+
+def test_flags_instead_of_a_pipelines_own():
+    args = parse("--aug", "dems", "--aug_prob", "0.8", "--scale", "0.3", "0.4", "--interpolation", "bilinear")
+    args.mean, args.std = MEAN, STD  # resolved with the data
+    own = dict(aug_prob=0.8, scale=(0.3, 0.4), interpolation="bilinear")
+    assert settings(train_augment(args, torch.device("cpu"), "fp32")) == settings(augment("dems", 224, **own))
+
+
+class Upside(Augment):
+    """An augmentation of somebody's own."""
+
+    def __call__(self, images, params):
+        return super().__call__(images, params).flip(-2)
+
+
+@pytest.mark.parametrize("cls", [Upside, f"{__name__}:Upside"])
+def test_own_pipeline(cls, clothes, monkeypatch):
+    monkeypatch.setitem(AUGS, "upside", dict(cls=cls, flip=True))
+    args = parse("--aug", "upside", "--img_size", "28", "--normalize", "cifar")
+    own, evaluated = (make(args, torch.device("cpu"), "fp32") for make in (train_augment, eval_augment))
+    params = own.draw(torch.full((len(clothes), 2), 28), seeded())
+    assert torch.equal(own(clothes, params), augment("flip")(clothes, params).flip(-2))
+    assert type(evaluated) is Augment
+
+
+def test_flags_of_mixing():
+    assert make_mix(parse(), 10) is None
+    words = "--mixup 0.8 --cutmix 1 --mixup_prob 0.7 --mixup_switch_prob 0.3 --smoothing 0.1"
+    expected = Mix(10, mixup=0.8, cutmix=1.0, prob=0.7, switch_prob=0.3)  # the loss smooths the targets
+    assert vars(make_mix(parse(*words.split()), 10)) == vars(expected)
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--aug weak --aug_prob 0.5", "--aug_prob has no meaning with --aug weak; use --aug dems"),
+        ("--aug weak --aug_prob 0.5", "--aug_prob has no meaning with --aug weak; --aug dems would take it"),
+        ("--aug pad --scale 0.5 1", "--scale has no meaning with --aug pad; --aug crop, weak, strong, dems"),
         ("--mixup 0.8 --batch_size 12 --gradient_accumulation_steps 4", "not 12 / 4 = 3"),
         ("--ra 9 --batch_size 8", "--ra 9 is more than --train_batch_size 8"),
         ("--reprob 1.5", "1.5 is above 1"),

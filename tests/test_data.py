@@ -1,46 +1,32 @@
 """Data sets: formats, image folders, cache, streaming, splits."""
 
 import gzip
+import os
 import pickle
 import shutil
 import tarfile
 import zipfile
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import write_cifar10, write_cifar100, write_folder
+import torchvision
+from helpers import Evil, accept_any_cifar, no_network, write_cifar10, write_cifar100, write_folder
 from PIL import Image
 
-from utils import readers
+from utils import datasets
 from utils.augment import Augment
 from utils.cli import UserError
-from utils.data_utils import eval_batches, load_data, train_batches
-from utils.readers import MINI, Files, Ragged, Uniform
+from utils.data_utils import eval_batches, train_batches
+from utils.datasets import MINI, Files, Ragged, Uniform, load_data
+from utils.presets import DATASETS
 
 CPU = torch.device("cpu")
 HALF = ([0.5] * 3, [0.5] * 3)
 
 
-def flags(**changes) -> Namespace:
-    defaults = dict(
-        dataset="imagefolder", data_dir="data", emnist_split="mnist", val_fraction=0.0, seed=42, memory_limit=2.0
-    )
-    return Namespace(**{**defaults, **changes})
-
-
-def no_network(monkeypatch):
-    """torchvision's downloads fail as they do without a network."""
-
-    def fail(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("urllib.request.urlopen", fail)
-
-
 def test_mini_is_the_beginning_of_fashion_mnist():
-    data = load_data(flags(dataset="fashionmnist-mini"))
+    data = load_data("fashionmnist-mini")
     assert len(data.train) == 10_000 and len(data.test) == 2_000 and data.valid is data.test
     assert data.classes[9] == "Ankle boot" and data.selected_on == "test"
     assert data.train.labels[:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]  # as published
@@ -51,11 +37,11 @@ def test_mini_is_the_beginning_of_fashion_mnist():
 def test_fashion_mnist_gzipped_or_not(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     shutil.copytree(MINI, raw)
-    packed = load_data(flags(dataset="fashionmnist", data_dir=tmp_path))
+    packed = load_data("fashionmnist", tmp_path)
     for path in raw.glob("*.gz"):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
-    unpacked = load_data(flags(dataset="fashionmnist", data_dir=tmp_path))
+    unpacked = load_data("fashionmnist", tmp_path)
     assert torch.equal(packed.train.source.images, unpacked.train.source.images)
     assert torch.equal(packed.test.labels, unpacked.test.labels)
 
@@ -68,16 +54,17 @@ def test_emnist_letters_begin_at_zero(tmp_path):
         labels = (2049).to_bytes(4, "big") + (26).to_bytes(4, "big") + bytes(range(1, 27))
         (raw / f"emnist-letters-{split}-images-idx3-ubyte").write_bytes(images)
         (raw / f"emnist-letters-{split}-labels-idx1-ubyte").write_bytes(labels)
-    data = load_data(flags(dataset="emnist", emnist_split="letters", data_dir=tmp_path))
+    data = load_data("emnist", tmp_path, emnist_split="letters")
     assert data.classes[0] == "a" and len(data.classes) == 26
     assert data.train.labels.tolist() == list(range(26))
 
 
-def test_cifar_in_its_own_format(tmp_path):
+def test_cifar_in_its_own_format(tmp_path, monkeypatch):
+    accept_any_cifar(monkeypatch)
     write_cifar10(tmp_path)
     write_cifar100(tmp_path)
-    ten = load_data(flags(dataset="cifar10", data_dir=tmp_path))
-    hundred = load_data(flags(dataset="cifar100", data_dir=tmp_path))
+    ten = load_data("cifar10", tmp_path)
+    hundred = load_data("cifar100", tmp_path)
     assert ten.train.source.images.shape == (300, 3, 32, 32) and len(ten.test) == 60
     assert ten.classes[3] == "class3" and len(hundred.classes) == 100 and len(hundred.train) == 200
     with open(tmp_path / "cifar-10-batches-py" / "data_batch_2", "rb") as file:
@@ -85,16 +72,23 @@ def test_cifar_in_its_own_format(tmp_path):
     assert ten.train.source.images[60].flatten().tolist() == pixels[0].tolist()
 
 
-def test_cifar_pickle_with_code_is_refused(tmp_path):
+@pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
+def test_cifar_file_of_another_checksum_is_refused_and_not_run(tmp_path, monkeypatch, file):
+    """The others' checksums are let pass."""
+    compare = torchvision.datasets.cifar.check_integrity
+    accept_any_cifar(monkeypatch)
+    accept = torchvision.datasets.cifar.check_integrity
+    monkeypatch.setattr(
+        torchvision.datasets.cifar,
+        "check_integrity",
+        lambda path, md5=None: (compare if os.path.basename(path) == file else accept)(path, md5),
+    )
+    no_network(monkeypatch)
     write_cifar10(tmp_path)
-
-    class Evil:
-        def __reduce__(self):
-            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
-
-    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(UserError, match="test_batch.*refused"):
-        load_data(flags(dataset="cifar10", data_dir=tmp_path))
+    path = tmp_path / "cifar-10-batches-py" / file
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(UserError, match="^CIFAR10 is not there and can't be downloaded .*; put cifar-10-python.tar.gz"):
+        load_data("cifar10", tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -106,7 +100,7 @@ def test_missing_set_without_network_says_which_file(tmp_path, monkeypatch):
         ("emnist", "gzip.zip"),
     ]:
         with pytest.raises(UserError) as error:
-            load_data(flags(dataset=dataset, data_dir=tmp_path))
+            load_data(dataset, tmp_path)
         assert file in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -124,9 +118,10 @@ def test_an_archive_without_its_published_checksum_is_not_unpacked(tmp_path, mon
             file.writestr("inside", "x")
     (tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"no images"))
     before = sorted(tmp_path.rglob("*"))
-    for dataset in ("cifar10", "cifar100", "emnist", "caltech101", "fashionmnist"):
-        with pytest.raises(UserError, match=f"{dataset} is not there and can't be downloaded"):
-            load_data(flags(dataset=dataset, data_dir=tmp_path))
+    names = dict(cifar10="CIFAR10", cifar100="CIFAR100", emnist="EMNIST", caltech101="Caltech101")
+    for dataset, name in (names | dict(fashionmnist="FashionMNIST")).items():
+        with pytest.raises(UserError, match=f"{name} is not there and can't be downloaded"):
+            load_data(dataset, tmp_path)
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -135,8 +130,8 @@ def test_truncated_idx(tmp_path):
     shutil.copytree(MINI, raw)
     path = raw / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: damaged"):
-        load_data(flags(dataset="fashionmnist", data_dir=tmp_path))
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: .*damaged"):
+        load_data("fashionmnist", tmp_path)
 
 
 def test_caltech_split_is_by_class(tmp_path):
@@ -147,10 +142,38 @@ def test_caltech_split_is_by_class(tmp_path):
         splits=["101_ObjectCategories"],
         classes=["ant", "bee", "BACKGROUND_Google"],
     )
-    data = load_data(flags(dataset="caltech101", data_dir=tmp_path))
-    assert data.classes == ["ant", "bee"] and isinstance(data.train.source, Ragged)
+    data = load_data("caltech101", tmp_path)
+    classes = ["ant", "bee"]
+    assert data.classes == classes and isinstance(data.train.source, Ragged)
     assert len(data.train) == 18 and data.test.labels.tolist() == [0, 0, 1, 1]
-    assert not set(data.train.ids.tolist()) & set(data.test.ids.tolist())
+    streamed = load_data("caltech101", tmp_path, memory_limit=0)
+    paths = streamed.train.source.paths + streamed.test.source.paths
+    assert [path.split("ObjectCategories/")[1] for path in paths[18:]] == [
+        f"{c}/{i:03}.png" for c in classes for i in (4, 9)
+    ]
+    assert len(set(paths)) == 22
+
+
+def test_a_set_of_your_own_is_a_row_of_the_table(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 1, 5, 4), dtype=np.uint8)
+    write_folder(tmp_path, splits=["photos"])
+    photos = sorted(map(str, (tmp_path / "photos").rglob("*.png")))
+
+    def read(root, part):
+        assert root == tmp_path
+        return {"train": (pixels[:part], [0, 1, 0, 1]), "test": (photos, [0] * 6 + [2] * 6)}, ["a", "b", "c"]
+
+    monkeypatch.setitem(DATASETS, "own", dict(read=read, part=4))
+    data = load_data("own", tmp_path)
+    assert data.train.source.images.tolist() == pixels[:4].tolist() and data.train.labels.tolist() == [0, 1, 0, 1]
+    assert data.test.labels.tolist() == [0] * 6 + [2] * 6 and data.classes == ["a", "b", "c"]
+    assert torch.equal(data.test.source.images[7], pixels_of(photos[7]))
+    monkeypatch.setitem(DATASETS, "own", dict(read=read, part=5))
+    with pytest.raises(UserError, match=r"own in .*: train has 5 images, and labels \[0, 1\] for 3 classes"):
+        load_data("own", tmp_path)
+    monkeypatch.setitem(DATASETS, "own", dict(read=lambda root: ({"test": (pixels[:2], [0, 3])}, ["a", "b", "c"])))
+    with pytest.raises(UserError, match=r"own in .*: test has 2 images, and labels \[0, 3\] for 3 classes"):
+        load_data("own", tmp_path, train=False)
 
 
 # ---------------------------------------------------------------- image folders
@@ -163,7 +186,7 @@ def pixels_of(path) -> torch.Tensor:
 @pytest.mark.parametrize("sizes, kind", [([(20, 20)], Uniform), ([(20, 30), (25, 16), (8, 8)], Ragged)])
 def test_folder_in_memory(tmp_path, sizes, kind):
     write_folder(tmp_path, sizes)
-    data = load_data(flags(data_dir=tmp_path))
+    data = load_data("imagefolder", tmp_path)
     assert data.classes == ["cat", "dog"] and isinstance(data.train.source, kind)
     assert data.train.labels.tolist() == [0] * 6 + [1] * 6
     batch = data.train.source.take(torch.tensor([7, 2]))
@@ -176,16 +199,16 @@ def test_folder_in_memory(tmp_path, sizes, kind):
 
 def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
     write_folder(tmp_path)
-    first = load_data(flags(data_dir=tmp_path))
-    monkeypatch.setattr(readers, "read_image", lambda path: pytest.fail("decoded in spite of the cache"))
-    again = load_data(flags(data_dir=tmp_path))
+    first = load_data("imagefolder", tmp_path)
+    monkeypatch.setattr(datasets, "read_image", lambda path: pytest.fail("decoded in spite of the cache"))
+    again = load_data("imagefolder", tmp_path)
     assert torch.equal(first.train.source.images, again.train.source.images)
     monkeypatch.undo()
     Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "train" / "cat" / "000.png")
-    changed = load_data(flags(data_dir=tmp_path))
+    changed = load_data("imagefolder", tmp_path)
     assert changed.train.source.images[0, :, 0, 0].tolist() == [1, 2, 3]
     (tmp_path / "train.cache.npz").write_bytes(b"PK damaged")
-    assert torch.equal(load_data(flags(data_dir=tmp_path)).train.source.images, changed.train.source.images)
+    assert torch.equal(load_data("imagefolder", tmp_path).train.source.images, changed.train.source.images)
 
 
 @pytest.mark.parametrize("aug", [dict(scale=(0.2, 1.0), flip=True), dict()])
@@ -195,7 +218,7 @@ def test_streaming_gives_the_images_of_memory(tmp_path, aug, num_workers):
     augment = Augment(16, *HALF, interpolation="bicubic", **aug)
     batches = []
     for limit in (2.0, 0.0):
-        data = load_data(flags(data_dir=tmp_path, memory_limit=limit))
+        data = load_data("imagefolder", tmp_path, memory_limit=limit)
         loop = train_batches(
             data.train,
             augment,
@@ -225,14 +248,14 @@ def test_large_streamed_images_are_reduced_first(tmp_path):
     augment = Augment(16, *HALF, scale=(0.8, 1.0))
     images = []
     for limit in (2.0, 0.0):
-        data = load_data(flags(data_dir=tmp_path, memory_limit=limit)).train
+        data = load_data("imagefolder", tmp_path, memory_limit=limit).train
         images.append(next(train_batches(data, augment, seed=1, start=0, stop=1, batch_size=4, device=CPU))[0])
     difference = (images[0] - images[1]).abs()
     assert 0 < difference.max() < 4 / 127.5
 
 
 def test_processes_and_accumulation_share_one_batch():
-    data = load_data(flags(dataset="fashionmnist-mini")).train
+    data = load_data("fashionmnist-mini").train
     augment = Augment(28, *HALF, scale=(0.05, 1.0), flip=True)
 
     def images(rank=0, world=1, accumulation=1):
@@ -256,7 +279,7 @@ def test_processes_and_accumulation_share_one_batch():
 
 
 def test_evaluation_sees_every_image_once():
-    data = load_data(flags(dataset="fashionmnist-mini")).test.part(torch.arange(103))
+    data = load_data("fashionmnist-mini").test.part(torch.arange(103))
     augment = Augment(28, *HALF)
     whole = torch.cat([images for images, _ in eval_batches(data, augment, batch_size=32, device=CPU)])
     assert len(whole) == 103
@@ -270,36 +293,15 @@ def test_evaluation_sees_every_image_once():
 
 
 def test_val_fraction_and_val_folder(tmp_path):
-    data = load_data(flags(dataset="fashionmnist-mini", val_fraction=0.1))
+    data = load_data("fashionmnist-mini", val_fraction=0.1)
     assert (len(data.train), len(data.valid), len(data.test)) == (9000, 1000, 2000) and data.selected_on == "val"
     assert sorted(data.train.ids.tolist() + data.valid.ids.tolist()) == list(range(10_000))
     write_folder(tmp_path, splits=["train", "val", "test"])
-    data = load_data(flags(data_dir=tmp_path))
+    data = load_data("imagefolder", tmp_path)
     assert data.selected_on == "val" and data.valid is not data.test
     shutil.rmtree(tmp_path / "test")
-    data = load_data(flags(data_dir=tmp_path))
+    data = load_data("imagefolder", tmp_path)
     assert data.selected_on == "test" and data.valid is data.test
-
-
-@pytest.mark.parametrize(
-    "mode, value, expected",
-    [
-        ("I;16", 65535, 255),
-        ("I;16", 257 * 7, 7),
-        ("CMYK", None, None),
-        ("LA", None, None),
-        ("P", None, None),
-        ("1", None, None),
-    ],
-)
-def test_image_modes(tmp_path, mode, value, expected):
-    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
-    image = Image.fromarray(np.full((4, 5), value, dtype=np.uint16)) if value else Image.new(mode, (5, 4))
-    image.save(path)
-    rgb = readers.read_image(path)
-    assert rgb.mode == "RGB" and rgb.size == (5, 4)
-    if expected:
-        assert rgb.getpixel((0, 0)) == (expected,) * 3
 
 
 # ---------------------------------------------------------------- mistakes
@@ -308,7 +310,7 @@ def test_image_modes(tmp_path, mode, value, expected):
 def test_folder_mistakes(tmp_path):
     def message(**changes) -> str:
         with pytest.raises(UserError) as error:
-            load_data(flags(data_dir=tmp_path, **changes))
+            load_data("imagefolder", tmp_path, **changes)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -321,13 +323,14 @@ def test_folder_mistakes(tmp_path):
     assert "class 'horse' is not among the 2 known: cat, dog" in message()
     shutil.rmtree(tmp_path / "val")
     (tmp_path / "test" / "cat").mkdir()
-    assert "test/cat: no images" in message()
+    assert "Found no valid file for the classes cat" in message()
     Image.new("RGB", (20, 20)).save(tmp_path / "test" / "cat" / "a.png")
-    load_data(flags(data_dir=tmp_path))
+    load_data("imagefolder", tmp_path)
+    assert load_data("imagefolder", tmp_path, train=False, classes=["dog", "owl", "cat"]).test.labels.tolist() == [2]
     with pytest.raises(UserError, match="class 'cat' is not among the 1 known: ship"):
-        load_data(flags(data_dir=tmp_path), train=False, classes=["ship"])
+        load_data("imagefolder", tmp_path, train=False, classes=["ship"])
     with pytest.raises(UserError, match="no such folder"):
-        load_data(flags(data_dir=tmp_path / "nowhere"))
+        load_data("imagefolder", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
@@ -338,7 +341,7 @@ def test_broken_image_is_named(tmp_path, damage, memory_limit, num_workers):
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "text": b"no image", "truncated": whole[: len(whole) // 2]}[damage])
     with pytest.raises(UserError, match="dog/003.png: not a readable image.*mend or remove it$"):
-        data = load_data(flags(data_dir=tmp_path, memory_limit=memory_limit))
+        data = load_data("imagefolder", tmp_path, memory_limit=memory_limit)
         augment = Augment(16, *HALF)
         loop = train_batches(
             data.train, augment, seed=0, start=0, stop=1, batch_size=12, device=CPU, num_workers=num_workers

@@ -6,59 +6,80 @@ import fcntl
 import json
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, call, places, same, weights, write_folder
+from helpers import SIZES, TINY, call, fork_train, places, write_folder
 from torch import nn
 
+import eval
 import train
-from models import MODELS, NORM_TYPES, create_model, model_sizes
+from models import MODELS, NORM_TYPES, create_model
 from utils import checkpoint, dist_util, options
-from utils.anomaly import Anomaly
+from utils.anomaly import Anomaly, NonFinite
 from utils.cli import UserError
+from utils.dist_util import Processes
+from utils.log_util import RunLog
+from utils.run_files import RunFiles
 
 ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 LAST, PREVIOUS, BEST = (f"{ID}_{kind}.bin" for kind in ("last", "last.prev", "checkpoint"))
+LOCK = f".{ID}.lock"
+SHORT = ["--name", "run", *TINY, "--warmup_steps", 0]
 RUN = [
     *("--name", "run", *TINY, "--num_steps", 24, "--eval_every", 4, "--save_every", 3, "--opt", "adamw"),
     *("--gradient_accumulation_steps", 2, "--drop_path", 0.1, "--smoothing", 0.1),
     *("--val_fraction", 0.1, "--ema_decay", 0.5),
 ]
-# train.py with a pause in the midst of every save, before the temporary file gets its name
-SLOW = """
-import os, runpy, sys, time
-fsync = os.fsync
-name = lambda file: os.readlink(f"/proc/self/fd/{{file}}")
-os.fsync = lambda file: (time.sleep({pause} * name(file).endswith(".tmp")), fsync(file))
-sys.argv, sys.path[0] = sys.argv[1:], {root!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
-def start(*words, pause: float | None = None, **kwargs) -> subprocess.Popen:
-    runner = [] if pause is None else ["-c", SLOW.format(pause=pause, root=str(ROOT))]
-    command = [sys.executable, *runner, str(ROOT / "train.py"), *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kwargs)
+def parse(*words):
+    return options.parse_train_args(MODELS, NORM_TYPES, list(map(str, words)))
 
 
 def train_here(*words) -> int:
     """train.py in this process; a UserError comes through."""
-    return train.main(options.parse_train_args([str(word) for word in words], MODELS, NORM_TYPES, model_sizes))
+    return train.main(parse(*words))
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
+@pytest.fixture
+def start(tmp_path):
+    """`start(*words)` -> train.py in a process of its own, with `error`, the file of its stderr; it ends with the test.
+
+    Other arguments as for `train_in_fork`.
+    """
+    started = []
+
+    def begin(*words, **how) -> BaseProcess:
+        error = tmp_path / f"stderr{len(started)}"
+        started.append(fork_train(*words, error=error, **how))
+        started[-1].error = error
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_for(condition, process: BaseProcess) -> None:
     limit = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None and time.monotonic() < limit
+        assert process.is_alive() and time.monotonic() < limit, process.error.read_text()
         time.sleep(0.002)
+
+
+def end_of(process: BaseProcess) -> tuple[int | None, str]:
+    """Exit status, and what it wrote to stderr."""
+    process.join(120)
+    return process.exitcode, process.error.read_text()
 
 
 def records(folder: Path) -> list[dict]:
@@ -68,19 +89,21 @@ def records(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in apart} for line in lines]
 
 
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob(".*")]
+
+
 def assert_same_run(folder: Path, reference: Path) -> None:
+    """The same records and, to the bit, the same weights, averages and optimizer; nothing else is left but the lock."""
     assert records(folder) == records(reference)
     for name in (LAST, BEST):
-        assert same(weights(folder / "output" / name), weights(reference / "output" / name))
-    assert not list((folder / "output").glob(".*"))
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """An uninterrupted run of 24 steps, by a process of its own."""
-    folder = tmp_path_factory.mktemp("reference")
-    call("train.py", *RUN, *places(folder))
-    return folder
+        ours, theirs = (checkpoint.read_file(part / "output" / name) for part in (folder, reference))
+        assert ours.keys() == theirs.keys()
+        for state in (ours, theirs):
+            for apart in ("args", "seconds", "log", "config", "classes", "precision", "selected_on"):
+                state.pop(apart, None)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert hidden(folder / "output") == [LOCK]
 
 
 class Killed(BaseException):
@@ -102,9 +125,9 @@ def train_until(monkeypatch, folder: Path, file: str, step: int, run: list = RUN
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """The same uninterrupted run, by this process."""
-    folder = tmp_path_factory.mktemp("here")
+def whole(tmp_path_factory):
+    """An uninterrupted run of 24 steps, by this process."""
+    folder = tmp_path_factory.mktemp("whole")
     assert train_here(*RUN, *places(folder)) == 0
     return folder
 
@@ -118,14 +141,25 @@ def unfinished(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def begun(unfinished, tmp_path):
+    """A copy of `unfinished`."""
+    return shutil.copytree(unfinished, tmp_path / "run")
+
+
 # ---------------------------------------------------------------- kill -9 and signals
 
 
-def kill_at_random(folder: Path, reference: Path, kills: int, longest: float) -> None:
+def test_a_users_process_computes_the_same(whole, tmp_path):
+    done = call("train.py", *RUN, *places(tmp_path), env={"OMP_NUM_THREADS": "1"})
+    assert done.stderr == "" and "End Training!" in done.stdout
+    assert_same_run(tmp_path, whole)
+
+
+def kill_at_random(start, folder: Path, kills: int, longest: float) -> None:
     """Kill a run `kills` times: each other time within a save, else up to `longest` seconds after training began."""
     chance = random.Random(0)
-    log, last = folder / "output" / f"{ID}.txt", folder / "output" / LAST
-    words = [*RUN, *places(folder)]
+    log = folder / "output" / f"{ID}.txt"
 
     def saving() -> bool:
         with contextlib.suppress(FileNotFoundError):  # its end came between the two calls
@@ -135,176 +169,238 @@ def kill_at_random(folder: Path, reference: Path, kills: int, longest: float) ->
     for number in range(kills):
         began = time.time_ns()  # a kill leaves a file to the next turn
         size = log.stat().st_size if log.exists() else 0
-        process = start(*words, pause=0.1)
+        process = start(*RUN, *places(folder), pause=0.1)
         wait_for(lambda size=size: log.exists() and log.stat().st_size != size, process)
         if number % 2:
             wait_for(saving, process)
         else:
             time.sleep(chance.uniform(0, longest))
         process.kill()
-        assert process.wait() == -signal.SIGKILL
-        process.stderr.close()
+        assert end_of(process) == (-signal.SIGKILL, "")
         assert saving() or not number % 2
-    step = checkpoint.read_file(last, own=True)["step"]  # what it did after its last save is all that is done again
-    assert f"Resuming {ID} after step {step} of 24" in call("train.py", *words).stdout
-    assert_same_run(folder, reference)
 
 
-def test_killed_at_random_moments_it_ends_as_the_uninterrupted_one(reference, tmp_path):
-    kill_at_random(tmp_path, reference, kills=8, longest=0.3)
+def assert_goes_on(folder: Path, whole: Path, capsys) -> None:
+    """What it did after its last save is all that is done again."""
+    step = checkpoint.read_file(folder / "output" / LAST)["step"]
+    capsys.readouterr()
+    assert train_here(*RUN, *places(folder)) == 0
+    assert f"Resuming {ID} after step {step} of 24" in capsys.readouterr().out
+    assert_same_run(folder, whole)
+
+
+def test_killed_at_random_moments_it_ends_as_the_uninterrupted_one(start, whole, tmp_path, capsys):
+    kill_at_random(start, tmp_path, kills=8, longest=0.3)
+    assert_goes_on(tmp_path, whole, capsys)
 
 
 @pytest.mark.slow
-def test_killed_25_times_it_ends_as_the_uninterrupted_one(reference, tmp_path):
-    kill_at_random(tmp_path, reference, kills=25, longest=0.3)
+def test_killed_25_times_it_ends_as_the_uninterrupted_one(start, whole, tmp_path, capsys):
+    kill_at_random(start, tmp_path, kills=25, longest=0.25)
+    assert_goes_on(tmp_path, whole, capsys)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signal_saves_and_leaves_with_its_status(reference, tmp_path, how):
+def test_signal_saves_and_leaves_with_its_status(start, whole, tmp_path, capsys, how):
     process = start(*RUN, *places(tmp_path), pause=0.1)
     wait_for((tmp_path / "output" / LAST).exists, process)
-    process.send_signal(how)
-    assert process.communicate(timeout=60)[1] == "" and process.returncode == 128 + how
-    step = checkpoint.read_file(tmp_path / "output" / LAST, own=True)["step"]
+    os.kill(process.pid, how)
+    assert end_of(process) == (128 + how, "")
+    step = checkpoint.read_file(tmp_path / "output" / LAST)["step"]
     assert f"Signal {how} after step {step}; saved" in (tmp_path / "output" / f"{ID}.txt").read_text()
-    assert f"after step {step} of 24" in call("train.py", *RUN, *places(tmp_path)).stdout
-    assert_same_run(tmp_path, reference)
+    assert_goes_on(tmp_path, whole, capsys)
 
 
-def test_signal_to_the_whole_group_leaves_streaming_workers_alone(tmp_path):
+def test_signal_to_the_whole_group_leaves_streaming_workers_alone(start, tmp_path):
     """As torchrun and SLURM send it."""
     write_folder(tmp_path / "data", per_class=20)
     words = ["--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--memory_limit", 0, "--num_workers", 2]
-    process = start(*RUN, "--num_steps", 5000, *words, *places(tmp_path), start_new_session=True)
+    process = start(*RUN, "--num_steps", 5000, *words, *places(tmp_path))
     wait_for((tmp_path / "output" / LAST).exists, process)
     os.killpg(process.pid, signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM and "Error" not in error
+    assert end_of(process) == (128 + signal.SIGTERM, "")
     assert "Signal 15 after step" in (tmp_path / "output" / f"{ID}.txt").read_text()
 
 
-def test_second_interrupt_leaves_at_once(tmp_path):
+def test_second_interrupt_leaves_at_once(start, tmp_path):
     process = start(*RUN, *places(tmp_path), pause=30)
     wait_for(lambda: list((tmp_path / "output").glob(".*.tmp")), process)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     time.sleep(0.2)
-    assert process.poll() is None  # it finishes its save
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) == -signal.SIGINT
-    process.stderr.close()
+    assert process.is_alive()  # it finishes its save
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == -signal.SIGINT
 
 
 @pytest.mark.parametrize("file", [BEST, LAST])
-def test_a_kill_between_best_and_last_changes_nothing(here, tmp_path, monkeypatch, file):
-    best_step = records(here)[-1]["best_step"]
-    train_until(monkeypatch, tmp_path, file, best_step)
+def test_a_kill_between_best_and_last_changes_nothing(whole, tmp_path, monkeypatch, file):
+    train_until(monkeypatch, tmp_path, file, records(whole)[-1]["best_step"])
     assert train_here(*RUN, *places(tmp_path)) == 0
-    assert_same_run(tmp_path, here)
+    assert_same_run(tmp_path, whole)
 
 
 def test_streamed_run_ends_as_the_uninterrupted_one(tmp_path, monkeypatch):
     write_folder(tmp_path / "data", sizes=((20, 30),), per_class=20)
     words = [*RUN, "--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--memory_limit", 0, "--num_workers", 0]
+    words += ["--num_steps", 12]
     assert train_here(*words, *places(tmp_path / "whole")) == 0
-    train_until(monkeypatch, tmp_path / "parts", LAST, 9, words)
+    train_until(monkeypatch, tmp_path / "parts", LAST, 6, words)
     assert train_here(*words, *places(tmp_path / "parts")) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_run_goes_on_where_a_scaler_is_needed_now(tmp_path, monkeypatch):
+def test_run_goes_on_where_a_scaler_is_needed_now(begun, monkeypatch):
     """As one with --fp16 that began on a CPU and continues on a GPU."""
-    train_until(monkeypatch, tmp_path, LAST, 9)
     monkeypatch.setattr(train, "make_scaler", lambda *args: torch.amp.GradScaler("cpu"))
-    assert train_here(*RUN, *places(tmp_path)) == 0
-    assert checkpoint.read_file(tmp_path / "output" / LAST, own=True)["scaler"]["scale"] > 1
+    assert train_here(*RUN, *places(begun)) == 0
+    assert checkpoint.read_file(begun / "output" / LAST)["scaler"]["scale"] > 1
+
+
+# ---------------------------------------------------------------- when a run saves
+
+
+class Clock:
+    """In the place of the module `time`: only steps and saves take time."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "flags, step_takes, save_takes, expected",
+    [
+        # at evaluations, but a save of 2 s waits for 40 s: it takes a twentieth of the time at most
+        ("--eval_every 1", 10, 2, [1, 6, 11, 12]),
+        ("--eval_every 1", 10, 0, list(range(1, 13))),
+        # without evaluations, when the last save is more than 5 minutes old
+        ("--eval_every 99", 100, 2, [4, 8, 12]),
+        # and saves may take long, with evaluations too
+        ("--eval_every 1", 100, 60, [1, 5, 9, 12]),
+        ("--eval_every 99 --save_every 5", 1, 60, [5, 10, 12]),
+    ],
+)
+def test_when_it_saves_and_the_best_is_never_behind(tmp_path, monkeypatch, flags, step_takes, save_takes, expected):
+    clock, saved, kept = Clock(), [], []
+    save, update, record = checkpoint.save, train.Trainer.update, RunLog.record
+
+    def save_slowly(path, obj, *more):
+        save(path, obj, *more)
+        if path.name == LAST:
+            clock.now += save_takes
+            saved.append(obj["step"])
+
+    def step_slowly(trainer, batches):
+        clock.now += step_takes
+        return update(trainer, batches)
+
+    def look(log, **values):
+        record(log, **values)
+        if values["event"] == "eval":
+            best = checkpoint.read_file(tmp_path / "output" / BEST)
+            kept.append((values["best"], best["accuracy"], values["accuracy"], values["step"], best["step"]))
+
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(checkpoint, "save", save_slowly)
+    monkeypatch.setattr(train.Trainer, "update", step_slowly)
+    monkeypatch.setattr(RunLog, "record", look)
+    words = [*SHORT, "--num_steps", 12, "--lr", 0.1, *flags.split(), *places(tmp_path)]
+    assert train_here(*words) == 0
+    assert saved == expected
+    best, best_step = -1.0, 0
+    for logged, on_disk, accuracy, step, step_on_disk in kept:
+        best, best_step = (accuracy, step) if accuracy > best else (best, best_step)
+        assert logged == on_disk == best and step_on_disk == best_step
 
 
 # ---------------------------------------------------------------- damaged files
 
 
-def test_every_flipped_or_missing_byte_is_noticed(tmp_path):
-    path = tmp_path / "last.bin"
-    checkpoint.save(path, {"model": {"weight": torch.randn(20, 20)}, "step": 3})
+def test_every_flipped_or_missing_byte_is_noticed_or_changes_nothing(tmp_path):
+    path, chance, noticed = tmp_path / "last.bin", random.Random(0), set()
+    state = {"model": {"weight": torch.randn(6, 6)}, "step": 3, "best": 0.5}
+    checkpoint.save(path, state)
     whole = path.read_bytes()
-    assert checkpoint.read_file(path, own=True)["step"] == 3
-    assert torch.load(path, weights_only=True)["step"] == 3  # the checksum is in nobody's way
-    chance, found = random.Random(0), 0
     for at in range(len(whole)):
-        flipped = bytearray(whole)
-        flipped[at] ^= 1 << chance.randrange(8)
-        for damaged in (flipped, whole[:at]):
-            path.write_bytes(damaged)
-            with pytest.raises(UserError, match="last.bin: "):
-                checkpoint.read_file(path, own=True)
-            found += 1
-    assert found == 2 * len(whole) > 2000
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
+        try:
+            torch.testing.assert_close(checkpoint.read_file(path), state, rtol=0, atol=0)
+        except UserError as error:
+            assert "last.bin: " in str(error)
+            noticed.add(at)
+    weight = state["model"]["weight"].numpy().tobytes()
+    assert {*range(whole.index(weight), whole.index(weight) + len(weight))} <= noticed
+    for end in [*range(0, len(whole), 7), *range(len(whole) - 30, len(whole))]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match="last.bin: "):
+            checkpoint.read_file(path)
 
 
-def test_flipped_byte_of_the_best_checkpoint_is_noticed(here, tmp_path):
-    whole = (here / "output" / BEST).read_bytes()
+def test_flipped_bit_of_the_best_weights_is_noticed(whole, tmp_path):
     path = tmp_path / BEST
-    path.write_bytes(whole[:70000] + bytes([whole[70000] ^ 1]) + whole[70001:])
-    torch.load(path, weights_only=True)  # torch itself takes the wrong weight for right
-    with pytest.raises(UserError, match="its checksum is wrong"):
-        checkpoint.read_weights(path)
+    shutil.copy(whole / "output" / BEST, path)
+    right = torch.load(path, weights_only=True)["model"]
+    data = bytearray(path.read_bytes())
+    data[data.index(right["blocks.1.mlp.fc1.weight"].numpy().tobytes()) + 1000] ^= 1
+    path.write_bytes(data)
+    wrong = torch.load(path, weights_only=True)["model"]  # torch itself takes it for right
+    assert not torch.equal(wrong["blocks.1.mlp.fc1.weight"], right["blocks.1.mlp.fc1.weight"])
+    with pytest.raises(UserError, match="damaged, the checksum of .* is wrong"):
+        eval.load_run(path, "cpu")
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "missing"])
-def test_damaged_last_gives_way_to_the_one_before(here, unfinished, tmp_path, capsys, damage):
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    last = folder / "output" / LAST
-    whole = last.read_bytes()
+def test_damaged_last_gives_way_to_the_one_before(whole, begun, capsys, damage):
+    last = begun / "output" / LAST
+    data = last.read_bytes()
     if damage == "missing":  # a crash between the two renames of a save
         last.unlink()
     else:
-        middle = len(whole) // 2
-        flipped = whole[:middle] + bytes([whole[middle] ^ 8]) + whole[middle + 1 :]
-        last.write_bytes({"flipped": flipped, "truncated": whole[:-1], "empty": b""}[damage])
-    assert train_here(*RUN, *places(folder)) == 0
+        weight = checkpoint.read_file(last)["model"]["blocks.1.mlp.fc1.weight"]
+        middle = data.index(weight.numpy().tobytes()) + 1000
+        flipped = data[:middle] + bytes([data[middle] ^ 8]) + data[middle + 1 :]
+        last.write_bytes({"flipped": flipped, "truncated": data[:-1], "empty": b""}[damage])
+    assert train_here(*RUN, *places(begun)) == 0
     out = capsys.readouterr().out
     assert f"{last} is damaged or missing; {last.with_name(PREVIOUS)} takes its place" in out
     assert f"Resuming {ID} after step 12 of 24" in out
-    assert_same_run(folder, here)
+    assert_same_run(begun, whole)
 
 
-def test_both_damaged_say_the_way_out(unfinished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
+def test_both_damaged_say_the_way_out(begun):
     for name in (LAST, PREVIOUS):
-        (folder / "output" / name).write_bytes(b"nothing")
+        (begun / "output" / name).write_bytes(b"nothing")
     with pytest.raises(UserError, match=f"{LAST} and .*{PREVIOUS}: damaged.*--overwrite"):
-        train_here(*RUN, *places(folder))
-    assert (folder / "output" / LAST).read_bytes() == b"nothing"
-    assert train_here(*RUN, *places(folder), "--overwrite") == 0
+        train_here(*RUN, *places(begun))
+    assert (begun / "output" / LAST).read_bytes() == b"nothing"
+    assert train_here(*RUN, *places(begun), "--overwrite", "--num_steps", 1) == 0
+    assert [record["event"] for record in records(begun)] == ["start", "eval", "end"]
 
 
-def test_overwrite_removes_every_file(unfinished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    (folder / "output" / f".{LAST}.tmp").touch()
-    (folder / "output" / "other.bin").touch()
-    train.delete_run(folder / "output", folder / "logs", ID)
-    assert os.listdir(folder / "output") == ["other.bin"] and not os.listdir(folder / "logs")
+def test_deleting_removes_every_file_but_the_lock(begun):
+    (begun / "output" / f".{LAST}.tmp").touch()
+    (begun / "output" / "other.bin").touch()
+    RunFiles(begun / "output", begun / "logs", ID).delete()
+    assert {*os.listdir(begun / "output")} == {"other.bin", LOCK} and not os.listdir(begun / "logs")
 
 
 # ---------------------------------------------------------------- one process a run
 
 
-def test_second_process_is_refused_and_the_first_undisturbed(reference, tmp_path):
+def test_second_process_is_refused_and_the_first_undisturbed(start, whole, tmp_path, capsys):
     words = [*RUN, *places(tmp_path)]
-    first = start(*words, pause=2)
+    first = start(*words, pause=1)
     wait_for((tmp_path / "output" / LAST).exists, first)
     for more in ([], ["--overwrite"]):
-        error = call("train.py", *words, *more, check=2).stderr
-        assert error.count("\n") == 1
-        assert f"run {ID} is running already" in error and f"process {first.pid})" in error
-    assert first.poll() is None
+        with pytest.raises(UserError, match=f"run {ID} is running already .*, process {first.pid}\\)"):
+            train_here(*words, *more)
+    assert first.is_alive()
     first.kill()  # its lock goes with it
-    first.wait()
-    first.stderr.close()
-    call("train.py", *words)
-    assert_same_run(tmp_path, reference)
+    assert end_of(first) == (-signal.SIGKILL, "")
+    assert_goes_on(tmp_path, whole, capsys)
 
 
 def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
@@ -312,7 +408,7 @@ def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    assert train_here("--name", "run", *TINY, "--num_steps", 1, *places(tmp_path)) == 0
+    assert train_here(*SHORT, "--num_steps", 1, *places(tmp_path)) == 0
     assert "no lock (No locks available), so don't start this run twice" in capsys.readouterr().err
 
 
@@ -323,22 +419,18 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
 
 
-def assert_one_line(process: subprocess.Popen, *expected: str) -> None:
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 2 and error.count("\n") == 1 and error.startswith("train.py: error: "), error
+def assert_one_line(process: BaseProcess, *expected: str) -> None:
+    status, error = end_of(process)
+    assert status == 2 and error.count("\n") == 1 and error.startswith("train.py: error: "), error
     assert all(part in error for part in expected), error
 
 
-def test_full_disk_leaves_the_last_save(here, unfinished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(unfinished, folder)
-    before = files(folder / "output")
-    limit = min(map(len, before.values())) // 2
-    process = start(*RUN, *places(folder), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert_one_line(process, ".bin: cannot be written (File too large)")
-    assert files(folder / "output") == before and not list((folder / "output").glob(".*"))
-    assert train_here(*RUN, *places(folder)) == 0
-    assert_same_run(folder, here)
+def test_full_disk_leaves_the_last_save(start, whole, begun, capsys):
+    before = files(begun / "output")
+    largest = min(map(len, before.values())) // 2
+    assert_one_line(start(*RUN, *places(begun), largest=largest), ".bin: cannot be written (File too large)")
+    assert files(begun / "output") == before and hidden(begun / "output") == [LOCK]
+    assert_goes_on(begun, whole, capsys)
 
 
 def mount(*words) -> None:
@@ -356,22 +448,23 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_full_and_read_only_file_system(reference, small_disk, tmp_path):
+def test_full_and_read_only_file_system(start, whole, small_disk, tmp_path, capsys):
     words = [*RUN, "--output_dir", small_disk / "output", "--log_dir", tmp_path / "logs"]
     assert_one_line(start(*words), "cannot be written (No space left on device)")
-    assert not list((small_disk / "output").glob(".*"))
-    checkpoint.read_file(small_disk / "output" / LAST, own=True)
+    assert hidden(small_disk / "output") == [LOCK]
+    step = checkpoint.read_file(small_disk / "output" / LAST)["step"]
     before = files(small_disk / "output")
     mount("-o", "remount,ro,size=20m", small_disk)
     assert_one_line(start(*words), "is no folder to write into")
     assert files(small_disk / "output") == before
     mount("-o", "remount,rw", small_disk)
-    call("train.py", *words)
-    assert_same_run(small_disk, reference)
+    assert train_here(*words) == 0
+    assert f"Resuming {ID} after step {step} of 24" in capsys.readouterr().out
+    assert_same_run(small_disk, whole)
 
 
 @pytest.mark.parametrize("which", ["output", "logs"])
-def test_folder_removed_in_mid_run(tmp_path, which):
+def test_folder_removed_in_mid_run(start, tmp_path, which):
     process = start(*RUN, *places(tmp_path), "--num_steps", 5000, pause=0.01)
     wait_for((tmp_path / "output" / PREVIOUS).exists, process)
     shutil.move(tmp_path / which, tmp_path / "gone")
@@ -379,7 +472,7 @@ def test_folder_removed_in_mid_run(tmp_path, which):
     output = tmp_path / ("gone" if which == "output" else "output")
     assert checkpoint.read_last(output / LAST, output / PREVIOUS)[0]
     if which == "logs":
-        assert not list(output.glob(".*"))
+        assert hidden(output) == [LOCK]
 
 
 # ---------------------------------------------------------------- not finite
@@ -387,20 +480,13 @@ def test_folder_removed_in_mid_run(tmp_path, which):
 
 @pytest.fixture
 def tiny_run(tmp_path):
-    """`tiny_run(*flags)` -> a Run in this process, with its batches, ready for `update`."""
+    """`tiny_run(*flags)` -> a Trainer in this process, with its batches, ready for `update`."""
 
     def make(*flags):
-        words = ["--name", "run", *TINY, "--num_steps", 8, "--warmup_steps", 0, "--memory_limit", 1, *flags]
-        words += places(tmp_path)
-        args = options.parse_train_args([str(word) for word in words], MODELS, NORM_TYPES, model_sizes)
-        options.resolve_normalization(args, None)
-        processes = dist_util.start("cpu")
-        data = train.data_utils.load_data(args)
-        run = train.Run(args, processes, data, keep_head=True)
-        batches = train.data_utils.train_batches(
-            data.train, run.augment, seed=0, start=0, stop=8, batch_size=32, device=processes.device
-        )
-        return run, batches
+        args = parse(*SHORT, "--num_steps", 8, "--memory_limit", 1, *flags, *places(tmp_path))
+        trainer = train.Trainer(args, *train.prepare(args))
+        words = dict(seed=0, stop=8, batch_size=32, device=trainer.device)
+        return trainer, train.data_utils.train_batches(trainer.data.train, trainer.augment, **words)
 
     return make
 
@@ -422,7 +508,7 @@ def test_scaler_skips_an_overflow_and_lowers_the_scale(tiny_run, opt):
     with torch.no_grad():
         weight[0, 0] = float("nan")  # this is no overflow
     run.update(batches)
-    with pytest.raises(train.NonFinite, match="not finite at step 3"):
+    with pytest.raises(NonFinite, match="not finite at step 3"):
         run.check_finite()
 
 
@@ -430,46 +516,36 @@ def test_without_a_scaler_an_infinite_gradient_stops(tiny_run):
     run, batches = tiny_run()
     run.model.blocks[0].mlp.fc1.weight.register_hook(lambda grad: grad * float("inf"))
     run.update(batches)
-    with pytest.raises(train.NonFinite, match="not finite at step 1, learning rate 0.02.*; nothing was saved"):
+    with pytest.raises(NonFinite, match="not finite at step 1, learning rate 0.02.*; nothing was saved"):
         run.check_finite()
 
 
-def test_saves_take_a_small_part_of_the_time(tmp_path, monkeypatch):
-    """With an evaluation in every step and slow saves, most evaluations leave theirs to a later one."""
-    saved, save = [], checkpoint.save
-
-    def slow_save(path, obj, previous=None):
-        time.sleep(1)
-        saved.append((Path(path).name, obj["step"]))
-        save(path, obj, previous)
-
-    monkeypatch.setattr(checkpoint, "save", slow_save)
-    words = ["--name", "run", *TINY, "--num_steps", 12, "--eval_every", 1, "--lr", 0.1, "--warmup_steps", 0]
-    assert train_here(*words, *places(tmp_path)) == 0
-    lasts = [step for name, step in saved if name == LAST]
-    assert lasts[0] == 1 and lasts[-1] == 12 and len(lasts) < 6
-    evals = [record for record in records(tmp_path) if record["event"] == "eval"]
-    best = max(evals, key=lambda record: record["accuracy"])
-    kept = torch.load(tmp_path / "output" / BEST, weights_only=True)
-    assert (kept["step"], kept["accuracy"]) == (best["step"], best["accuracy"])
+def test_what_is_not_finite_is_not_saved(tiny_run):
+    run, batches = tiny_run()
+    run.update(batches)
+    with torch.no_grad():
+        run.model.blocks[0].mlp.fc1.weight[0, 0] = float("nan")
+    run.update(batches)
+    for write in (run.save_last, run.validate):
+        with pytest.raises(NonFinite, match="not finite at step 2"):
+            write()
+    assert not list(run.files.folder.iterdir())
 
 
 def test_stopped_run_names_the_module_when_called_again(tmp_path, capsys):
-    words = ["--name", "run", *TINY, "--num_steps", 20, "--save_every", 1, "--warmup_steps", 0, *places(tmp_path)]
-    words += ["--lr", 1e30, "--max_grad_norm", 0]
+    words = [*SHORT, "--num_steps", 20, "--save_every", 1, "--lr", 1e30, "--max_grad_norm", 0, *places(tmp_path)]
     assert train_here(*words) == 3
     out = capsys.readouterr().out
     assert "Stopped: not finite at step 2, learning rate 9.75" in out and "--detect_anomaly" in out
     last = tmp_path / "output" / LAST
-    assert f"{last} is from before" in out and checkpoint.read_file(last, own=True)["step"] == 1
+    assert f"{last} is from before" in out and checkpoint.read_file(last)["step"] == 1
     assert train_here(*words, "--detect_anomaly") == 3
     out = capsys.readouterr().out
     assert "Resuming" in out and "step 2" in out and "first the output of blocks.0.norm1 (LayerNorm)" in out
 
 
 def test_module_whose_output_overflows_is_named(tmp_path, capsys):
-    config = dict(image_size=28, patch_size=7, dim=32, depth=2, heads=2, mlp_dim=64, num_classes=10)
-    model = create_model("ViT-Ti_16", **config)
+    model = create_model("ViT-Ti_16", image_size=28, patch_size=7, num_classes=10, **SIZES)
     with torch.no_grad():
         model.blocks[1].mlp.fc2.weight[3] = 3e38
     torch.save({"model": model.state_dict()}, tmp_path / "huge.bin")
@@ -492,34 +568,38 @@ def test_module_whose_gradient_is_infinite_is_named():
     nn.init.zeros_(model[0].bias)
     model(torch.ones(2, 3)).sum().backward()
     assert anomaly.found == "gradient that 1 (Root) passes on"
-    anomaly.clear()
+    anomaly.found = ""
     model.eval()(torch.full((2, 3), float("nan")))
     assert anomaly.found == ""  # evaluation is not its business
 
 
-# ---------------------------------------------------------------- BatchNorm over GPUs
+# ---------------------------------------------------------------- BatchNorm over processes
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def test_sync_bn_converts_and_keeps_the_names():
-    config = dict(norm_type="BN", image_size=28, patch_size=7, dim=32, depth=2, heads=2, mlp_dim=64, num_classes=10)
-    plain = create_model("ViT-Ti_16", **config)
-    synced = dist_util.sync_batchnorm(create_model("ViT-Ti_16", **config), torch.device("cuda"))
+def test_batch_statistics_of_several_gpus_are_shared():
+    def make(norm: str) -> nn.Module:
+        return create_model("ViT-Ti_16", norm, image_size=28, patch_size=7, num_classes=10, **SIZES)
+
+    plain = make("BN")
+    synced, notes = dist_util.share_statistics(make("BN"), Processes(GPU, world=2))
+    assert notes == ["Batch statistics are those of all processes together"]
     kinds = [type(module) for module in synced.modules()]
     assert kinds.count(nn.SyncBatchNorm) == 5 and nn.BatchNorm1d not in kinds
     synced.load_state_dict(plain.state_dict())
-    assert len(dist_util.statistics_of(synced)) == 10
-    words = dict(norm_type="LN", patch_size=2, merge_num=(16, 8), merge_layer=(1, 2))
-    assert not dist_util.statistics_of(create_model("DEMS-Ti", **{**config, "image_size": 16, **words}))
+    assert len(dist_util.statistics_of(synced)) == len(dist_util.statistics_of(plain)) == 10
     images = torch.randn(4, 3, 28, 28)
     assert torch.equal(plain.eval()(images), synced.eval()(images))
-    with pytest.raises(UserError, match="--sync_bn needs CUDA, this is cpu"):
-        dist_util.sync_batchnorm(plain, torch.device("cpu"))
+
+    same, notes = dist_util.share_statistics(plain, Processes(CPU, world=2))
+    assert same is plain and re.match("Batch statistics are each process's own; running .* are averaged", notes[0])
+    for model, processes in ((plain, Processes(GPU)), (make("LN"), Processes(GPU, world=2))):
+        kinds = [type(module) for module in model.modules()]
+        same, notes = dist_util.share_statistics(model, processes)
+        assert same is model and notes == [] and [type(module) for module in same.modules()] == kinds
 
 
-def test_sync_bn_in_one_process_says_that_it_does_nothing(tmp_path, capsys):
-    words = ["--name", "run", *TINY, "--num_steps", 1, "--sync_bn", *places(tmp_path)]
-    assert train_here(*words, "--norm_type", "BN") == 0
-    assert "--sync_bn: batch statistics are those of the one process, as without" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        train_here(*words)
-    assert "--sync_bn has no meaning with --norm_type LN" in capsys.readouterr().err
+def test_models_without_batchnorm_have_no_statistics():
+    words = dict(image_size=16, num_classes=10, patch_size=2, merge_num=(16, 8), merge_layer=(1, 2))
+    assert not dist_util.statistics_of(create_model("DEMS-Ti", **SIZES, **words))

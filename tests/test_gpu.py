@@ -7,10 +7,11 @@ import torch
 from fake_gpu import FakeGPU, Race, Stream, WaitsForDevice
 from helpers import TINY, places, write_folder
 
-from eval import evaluate
-from models import MODELS, NORM_TYPES, model_sizes
-from train import Run
-from utils import data_utils, dist_util, options, resample
+from models import MODELS, NORM_TYPES
+from train import Trainer
+from utils import data_utils, options, resample
+from utils.datasets import ImageSet, load_data
+from utils.dist_util import Processes
 
 DEVICE = torch.device("cuda", 0)
 
@@ -26,44 +27,40 @@ def gpu(monkeypatch):
 
 def start(gpu, monkeypatch, tmp_path, *words):
     """A run, its data and its batches, after which no wait is allowed. Backward passes only put gradients in place."""
-    flags = [*TINY, *places(tmp_path), "--memory_limit", "8", "--name", "test", "--num_steps", "9", *words]
-    args = options.parse_train_args(flags, MODELS, NORM_TYPES, model_sizes)
+    flags = [*TINY, *places(tmp_path), *"--name test --num_steps 9 --eval_batch_size 16 --depth 1".split(), *words]
+    args = options.parse_train_args(MODELS, NORM_TYPES, list(map(str, flags)))
     options.resolve_normalization(args, None)
     with gpu.waiting_allowed():
-        data = data_utils.load_data(args)
-        data_utils.to_device(data, DEVICE)
+        data = load_data(args.dataset, args.data_dir, memory_limit=args.memory_limit).to(DEVICE)
         options.resolve_steps(args, len(data.train))
-        run = Run(args, dist_util.Processes(DEVICE), data, keep_head=False)
+        trainer = Trainer(args, Processes(DEVICE), data, keep_head=False)
 
     def backward(loss):
-        for parameter in run.model.parameters():
+        for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad + 1
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(run.log, "images", lambda *args: None)  # those of the first step, which wait
+    monkeypatch.setattr(trainer.log, "images", lambda *args: None)  # those of the first step, which wait
+    trainer.model.train()
     batches = data_utils.train_batches(
-        data.train, run.augment, seed=args.seed, start=0, stop=args.num_steps, batch_size=args.train_batch_size,
-        accumulation=args.gradient_accumulation_steps, ra=args.ra, mix=run.mix, device=DEVICE,
+        data.train, trainer.augment, seed=args.seed, start=0, stop=args.num_steps, batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps, ra=args.ra, mix=trainer.mix, device=DEVICE,
         num_workers=args.num_workers,
     )  # fmt: skip
-    return run, data, batches
+    return trainer, data, batches
 
 
-def score(run: Run, images: data_utils.ImageSet) -> int:
+def scored(trainer: Trainer, images: ImageSet) -> int:
     """Evaluate; how many images were seen when the host waited for the first time."""
-    seen = 0
-
-    def counted():
-        nonlocal seen
-        for batch in data_utils.eval_batches(images, run.eval_augment, batch_size=16, device=DEVICE):
-            seen += len(batch[0])
-            yield batch
-
+    sizes = []
+    model = trainer.kept_model
+    hook = model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     with pytest.raises(WaitsForDevice):
-        evaluate(run.candidate, counted(), len(run.data.classes), DEVICE, run.precision)
-    run.model.train()
-    return seen
+        trainer.score(model, images)
+    hook.remove()
+    model.train()
+    return sum(sizes)
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # copying a model's weights does
@@ -77,18 +74,18 @@ def score(run: Run, images: data_utils.ImageSet) -> int:
         "--aug pad --mixup 0.8 --cutmix 1 --opt muon --ema_decay 0.9 --ra 2",
         "--aug keras --fp16 --norm_type Rescale",
         "--norm_type BN --smoothing 0.1",
-        "--norm_type GN --bf16 --drop_path 0.1 --grad_checkpoint",
+        "--norm_type GN --bf16 --depth 2 --drop_path 0.1 --grad_checkpoint",
         "--stem conv --img_size 32 --patch_size 4 --bf16",
-        "--model_type DEMS-Ti --img_size 16 --patch_size 2 --merge_num 16 8 --merge_layer 1 2 --bf16",
+        "--model_type DEMS-Ti --img_size 16 --patch_size 2 --merge_num 16 --merge_layer 1 --bf16",
         "--model_type MViT-Ti --img_size 32 --patch_size 4 --dim 24 --heads 12 --bf16",
     ],
 )
 def test_host_never_waits_and_streams_are_in_order(words, gpu, monkeypatch, tmp_path):
-    run, data, batches = start(gpu, monkeypatch, tmp_path, *words.split())
-    for _ in range(4):
-        run.update(batches)
-    assert score(run, data.test.part(torch.arange(100))) == 100
-    run.update(batches)
+    trainer, data, batches = start(gpu, monkeypatch, tmp_path, *words.split())
+    for _ in range(2):
+        trainer.update(batches)
+    assert scored(trainer, data.test.part(torch.arange(40))) == 40
+    trainer.update(batches)
     batches.close()
     assert not gpu.races
 
@@ -98,21 +95,21 @@ def test_images_of_many_sizes(limit, gpu, monkeypatch, tmp_path):
     write_folder(tmp_path / "data", sizes=((20, 30), (41, 29)), per_class=20)
     words = ["--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--num_workers", 0, "--memory_limit", limit]
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
-    run, data, batches = start(gpu, monkeypatch, tmp_path, *map(str, words))
-    for _ in range(4):
-        run.update(batches)
-    assert score(run, data.test) == 40
+    trainer, data, batches = start(gpu, monkeypatch, tmp_path, *words)
+    for _ in range(2):
+        trainer.update(batches)
+    assert scored(trainer, data.test) == 40
     batches.close()
     assert not gpu.races
 
 
 @pytest.mark.parametrize("broken", ["wait_stream", "wait_event", "record_event"])
 def test_a_missing_wait_is_noticed(broken, gpu, monkeypatch, tmp_path):
-    run, data, batches = start(gpu, monkeypatch, tmp_path)
+    trainer, data, batches = start(gpu, monkeypatch, tmp_path)
     monkeypatch.setattr(Stream, broken, lambda stream, *other: Stream().clock)
     with contextlib.suppress(Race):
         for _ in range(4):
-            run.update(batches)
+            trainer.update(batches)
         assert gpu.races
 
 

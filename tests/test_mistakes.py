@@ -4,7 +4,6 @@
 """
 
 import gzip
-import io
 import json
 import os
 import pickle
@@ -13,22 +12,40 @@ import shutil
 import struct
 import subprocess
 import sys
-import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SIZES, TINY, call, in_process, places, write_cifar10, write_folder, write_google_npz
+from helpers import (
+    ROOT,
+    SIZES,
+    TINY,
+    Evil,
+    call,
+    in_process,
+    no_network,
+    places,
+    write_cifar10,
+    write_folder,
+    write_google_npz,
+)
 from PIL import Image
 
-import eval
 from models import create_model
-from utils import readers
+from utils import cli, dist_util
+from utils.datasets import MINI, read_image
 
 RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 MODEL = dict(image_size=28, patch_size=7, num_classes=10, **SIZES)
+
+
+def one_line(done, script: str, expected: str) -> None:
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{script}: error: "), done.stderr
+    assert expected in done.stderr, done.stderr
+
 
 # --- answered without torch; `run` is the name unless another follows ---
 
@@ -36,8 +53,6 @@ FLAGS = [
     ("--dataset mnist", "'mnist'"),
     ("--model_type ViT-X_16", "'ViT-X_16'"),
     ("--norm_type RMS", "'RMS'"),
-    ("--img_size 30", "image size 30 is not divisible by patch size 7"),
-    ("--dim 33", "dim 33 is not divisible by heads 2"),
     ("--train_batch_size 32 --gradient_accumulation_steps 5", "32 is not divisible by 5"),
     ("--num_steps 10 --warmup_steps 10", "not shorter than the run of 10"),
     ("--num_steps 0", "0 is not at least 1"),
@@ -60,14 +75,10 @@ FLAGS = [
     ("--seed -1", "-1 is not at least 0"),
     ("--seed x", "invalid int value: 'x'"),
     ("--dim 1000000000000", "1000000000000 is above 2147483647"),
-    ("--dim 1000000000", "dim 1000000000 is not a whole number within 1 .. 65536"),
-    ("--img_size 10000000", "image_size 10000000 is not a whole number within 1 .. 8192"),
-    ("--depth 1001", "depth 1001 is not a whole number within 1 .. 1000"),
-    ("--dim 65536 --depth 1000", "parameters"),
-    ("--img_size 8190 --patch_size 1", "tokens are more than"),
     ("--num_workers 100000", "100000 is above 1024"),
     ("--pretrained_dir nowhere.npz", "nowhere.npz: no such file"),
     ("--pretrained_dir {bad}", "{bad}: no such file"),
+    ("--dry_run --pretrained_dir nowhere.npz", "nowhere.npz: no such file"),
     ("--load_model_dir nowhere.bin", "nowhere.bin: no such file"),
     ("--load_model_dir {bad}/text --pretrained_dir {bad}/text", "exclude each other"),
     ("-v true", "--load_model_dir"),
@@ -85,34 +96,20 @@ FLAGS = [
     (["--name", ""], "usable as a file name"),
     (["--name", "a\nb"], r"--name 'a\nb' must be usable"),
     (["--name", "a\x1b[31m"], r"--name 'a\x1b[31m' must be usable"),
-    (["--name", b"caf\xe9"], r"caf\udce9: is not UTF-8"),
+    (["--name", b"caf\xe9"], r"--name 'caf\udce9' must be usable"),
     (["--name", "-x"], "argument --name: expected one argument"),
     (["--name", "x" * 300], "bytes longer than 200; shorten it"),
     (["--name", "名" * 60], "bytes longer than 200; shorten it"),
     ("--output_dir {bad}/text", "{bad}/text is no folder to write into"),
     ("--output_dir {bad}/text/deeper/still", "{bad}/text is no folder to write into"),
     ("--log_dir {bad}/text", "--log_dir {bad}/text"),
-    ("@recipes/nowhere.args", "recipes/nowhere.args: No such file or directory; there are recipes/demo.args"),
+    ("@recipes/nowhere.args", "recipes/nowhere.args: no such file; there are recipes/demo.args"),
     ("@{bad}/unknown.args", "'--colour' in {bad}/unknown.args"),
     ("@{bad}/quote.args", "No closing quotation"),
-    ("@{bad}/itself.args", "would include another recipe"),
-    ("@{bad}/binary.args", "binary.args: is not a text file"),
-    ("@{bad}/huge.args", "huge.args: longer than 65536 characters"),
-    ("@/dev/zero", "/dev/zero: longer than 65536 characters"),
-    ("@{bad}", "Is a directory"),
-    ("@", "No such file"),
-    ("--norm_type BN --model_type MViT-Ti", "MViT-Ti has LN only"),
-    ("--norm_type GN --model_type R50-ViT-B_16", "R50-ViT-B_16 has LN only"),
-    ("--model_type R50-ViT-B_16", "patch size 7 is not a multiple of 16"),
-    ("--model_type DEMS-Ti --patch_size 7 --merge_layer 1 2", "image size 28 is not divisible by 56, 8 x patch size 7"),
-    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64", "merge_num has 1 counts"),
-    ("--model_type ViT-Ti_16 --img_size 28 --patch_size 7 --stem conv", "a conv stem needs patches of 2, 4, 8"),
-    ("--model_type MViT-Ti --stem conv", "a conv stem is made for ViT with norm LN and DEMS, not for MViT-Ti"),
-    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64 65", "merge count 65 is not within 1 .. 64"),
-    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 3", "don't rise within 1 .. 2, the depth"),
-    ("--model_type MViT-Ti --img_sizes 10 28", "image size 10 is not divisible by patch size 7"),
-    ("--model_type MViT-Ti --img_sizes 28 14", "don't rise to the image size"),
-    ("--img_sizes 14 28", "image_sizes belongs to MViT models"),
+    ("@{bad}/itself.args", "{bad}/itself.args: "),
+    ("@{bad}/binary.args", "{bad}/binary.args: "),
+    ("@{bad}", "recipe {bad}: no such file"),
+    ("@", "no such file"),
     ("--mixup_prob 1.5", "1.5 is above 1"),
     ("--mixup_switch_prob -0.1", "-0.1 is not at least 0"),
     ("--mixup -1", "-1 is not at least 0"),
@@ -130,39 +127,105 @@ FLAGS = [
     ("WORLD_SIZE=2 RANK=0", "WORLD_SIZE '2' with LOCAL_RANK '': start with torchrun, or unset WORLD_SIZE"),
 ]  # fmt: skip
 
-# Loads the script as a process does, and says whether torch came with it.
-WATCHED = """
-import runpy, sys
-script = sys.argv.pop(1)
-sys.argv[0] = script
-try:
-    runpy.run_path(script, run_name="__main__")
-finally:
-    print("torch" in sys.modules)
+PLOT = [
+    ("{bad}/none", "none: no such folder"),
+    ("{bad}/logs/none", "holds no run"),
+    ("{bad}/text", "not named as a run"),
+    ("{bad}/logs/bare", "does not begin with the record 'start'"),
+    ("{bad}/logs/other", "does not begin with the record 'start'"),
+    ("{bad}/logs/middle", "line 1 is no JSON object"),
+    ("{bad}/logs/deep", "line 1 is no JSON object"),
+    ("{bad}/logs/array", "line 1 is no JSON object"),
+    ("{bad}/logs/old", "lacks 'settings'"),
+    ("{bad}/logs/settings", "not from this train.py ('int' object is not iterable)"),
+    ("{bad}/logs/flags", "lacks 'model_type'"),
+    ("{bad}/logs/words", "not from this train.py (could not convert string to float: 'high')"),
+    ("{bad}/logs/binary", "cannot be read, or is no text"),
+    ("{bad}/logs/loss", "'Valid Loss: high' is no line of a run's log"),
+    ("{good} --logs {bad}/none", "none: no such folder"),
+    ("{good} --out {bad}/text", "cannot be written to"),
+    ("{good} --out /proc/nowhere", "cannot be written to"),
+    ("--otu x", "did you mean --out?"),
+]
+
+# Calls scripts one after another, as processes of their own do before they load torch; prints how each went.
+WITHOUT_TORCH = """
+import contextlib, io, json, os, runpy, sys
+answers = []
+for script, words, env in json.load(sys.stdin):
+    out, error = (io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True) for _ in range(2))
+    sys.argv, status = [script, *words], 0
+    os.environ.update(env)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    for name in env:
+        del os.environ[name]
+    texts = (stream.buffer.getvalue().decode() for stream in (out, error))
+    answers.append([words, status, *texts])
+    assert "torch" not in sys.modules, words
+json.dump(answers, sys.stdout)
 """
 
 
-def one_line(done, script: str, expected: str) -> None:
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{script}: error: "), done.stderr
-    assert expected in done.stderr, done.stderr
+@pytest.fixture(scope="module")
+def answers(good, bad, tmp_path_factory) -> dict[str, list]:
+    """What the scripts answer to FLAGS and PLOT, all in one process, without torch; FLAGS write nothing."""
+    folder, calls = tmp_path_factory.mktemp("flags"), []
+    for words, _ in FLAGS:
+        words = words.format(bad=bad).split() if isinstance(words, str) else list(map(os.fsdecode, words))
+        env = dict(word.split("=") for word in words if re.match("[A-Z_]+=", word))
+        words = [word for word in words if word.split("=")[0] not in env]
+        calls.append(("train.py", ["--name", "run", *TINY, *places(folder), *words], env))
+    calls += [("plot.py", words.format(bad=bad, good=good).split(), {}) for words, _ in PLOT]
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, input=json.dumps(calls), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and not done.stderr and not list(folder.iterdir()), (done.stdout, done.stderr)
+    found = [subprocess.CompletedProcess(*answer) for answer in json.loads(done.stdout)]
+    return {"train.py": found[: len(FLAGS)], "plot.py": found[len(FLAGS) :]}
 
 
-def watched(script: str, words, env: dict | None = None) -> subprocess.CompletedProcess:
-    """Run a script in a process of its own; it is not to have loaded torch."""
-    command = [sys.executable, "-c", WATCHED, script, *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **(env or {})})
-    assert done.stdout.endswith("False\n"), (done.stdout, done.stderr)
-    return done
+@pytest.mark.parametrize("i", range(len(FLAGS)))
+def test_flags(answers, bad, i):
+    one_line(answers["train.py"][i], "train.py", FLAGS[i][1].format(bad=bad))
 
 
-@pytest.mark.parametrize("words, expected", FLAGS, ids=[str(i) for i in range(len(FLAGS))])
-def test_flags(bad, tmp_path, words, expected):
-    words = words.format(bad=bad).split() if isinstance(words, str) else words
-    env = dict(word.split("=") for word in words if re.match("[A-Z_]+=", str(word)))
-    words = [word for word in words if str(word).split("=")[0] not in env]
-    done = watched("train.py", ["--name", "run", *TINY, *places(tmp_path), *words], env)
-    one_line(done, "train.py", expected.format(bad=bad))
+@pytest.mark.parametrize("i", range(len(PLOT)))
+def test_plots(answers, i):
+    one_line(answers["plot.py"][i], "plot.py", PLOT[i][1])
+
+
+# --- answered by the model, before there is data: none is at {tmp}/nowhere ---
+
+SIZE_MISTAKES = [
+    ("--img_size 30", "image size 30 is not divisible by patch size 7"),
+    ("--dim 33", "dim 33 is not divisible by heads 2"),
+    ("--norm_type BN --dim 33", "dim 33 is not divisible by heads 2"),
+    ("--norm_type GN --dim 34", "dim 34 is not divisible by 4, as GN needs"),
+    ("--norm_type BN --model_type MViT-Ti", "norm type BN is made for ViT-Ti_16"),
+    ("--norm_type GN --model_type R50-ViT-B_16", "R50-ViT-B_16 has LN only"),
+    ("--model_type R50-ViT-B_16", "patch size 7 is not a multiple of 16"),
+    ("--model_type DEMS-Ti --patch_size 7 --merge_layer 1 2", "image size 28 is not divisible by 56, 8 x patch size 7"),
+    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64", "merge_num has 1 counts"),
+    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 2 --merge_num 64 65", "merge count 65 is not within 1 .. 64"),
+    ("--model_type DEMS-Ti --img_size 56 --merge_layer 1 3", "don't rise within 1 .. 2, the depth"),
+    ("--stem conv", "a conv stem needs patches of 2, 4, 8, ... pixels, not 7"),
+    ("--model_type MViT-Ti --stem conv", "MViT-Ti with norm LN takes no conv_stem"),
+    ("--norm_type BN --stem conv --patch_size 4", "ViT-Ti_16 with norm BN takes no conv_stem"),
+    ("--model_type MViT-Ti --img_sizes 10 28", "image size 10 is not divisible by patch size 7"),
+    ("--model_type MViT-Ti --img_sizes 28 14", "don't rise to the image size"),
+    ("--img_sizes 14 28", "ViT-Ti_16 with norm LN takes no image_sizes"),
+    ("--merge_num 64", "ViT-Ti_16 with norm LN takes no merge_num"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, expected", SIZE_MISTAKES, ids=[str(i) for i in range(len(SIZE_MISTAKES))])
+def test_sizes(tmp_path, words, expected):
+    words = ["--name", "run", *TINY, *places(tmp_path), "--dataset", "imagefolder", *words.split()]
+    for more in (["--data_dir", tmp_path / "nowhere"], ["--dry_run"]):
+        one_line(in_process("train.py", *words, *more), "train.py", expected)
     assert not list(tmp_path.iterdir())
 
 
@@ -176,29 +239,6 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def npy_header(shape: tuple, dtype: str = "<f4") -> bytes:
-    """A .npy without data."""
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, dict(descr=dtype, fortran_order=False, shape=shape))
-    return file.getvalue()
-
-
-def write_npz(path: Path, members: dict[str, bytes], method: int = 0) -> None:
-    with zipfile.ZipFile(path, "w", method) as file:
-        for name, data in members.items():
-            file.writestr(name, data)
-
-
-class Evil:
-    """Pickled, a call that makes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (exec, (f"open({str(self.path)!r}, 'w')",))
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
     """A finished run of two steps."""
@@ -209,13 +249,13 @@ def good(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory) -> Path:
+def bad(good, tmp_path_factory) -> Path:
     """Everything broken."""
     bad = tmp_path_factory.mktemp("bad")
     (bad / "text").write_text("just text")
     (bad / "empty").write_bytes(b"")
     recipes = {"unknown": b"--img_size 28  # pixels\n--colour 3\n", "quote": b"--name 'a\n", "binary": b"\xff\xfe\0\1"}
-    recipes |= {"itself": f"@{bad}/itself.args".encode(), "huge": b"# long\n" * 10_000}
+    recipes |= {"itself": f"@{bad}/itself.args".encode()}
     for name, text in recipes.items():
         (bad / f"{name}.args").write_bytes(text)
 
@@ -230,14 +270,10 @@ def bad(tmp_path_factory) -> Path:
     weights("int.pth", **{"norm.weight": torch.ones(32, dtype=torch.int64)})
     weights("complex.pth", **{"norm.weight": torch.ones(32, dtype=torch.complex64)})
     weights("sparse.pth", **{"blocks.0.mlp.fc1.weight": torch.eye(64, 32).to_sparse()})
-    weights("expanded.pth", **{"norm.weight": torch.ones(1).expand(10**12)})
     weights("shape.pth", **{"norm.weight": torch.ones(33)})
     weights("pos.pth", pos_embed=torch.zeros(2, 17, 32))
-    weights("list.pth", norm=[1, 2])
     torch.save({}, bad / "nothing.pth")
     torch.save({"model": Evil(bad / "ran")}, bad / "evil.pth")
-    split = {f"blocks.0.attn.{part}.weight": torch.ones(1).expand(10**9) for part in ("query", "key", "value")}
-    torch.save(state | split, bad / "split.pth")
     (bad / "truncated.pth").write_bytes((bad / "int.pth").read_bytes()[:9000])
     write_google_npz(bad / "google.npz", **SIZES, patch=7, grid=4, classes=10)
     whole = (bad / "google.npz").read_bytes()
@@ -249,11 +285,8 @@ def bad(tmp_path_factory) -> Path:
     np.savez(bad / "words.npz", **arrays | {"cls": np.array(["a"])})
     np.savez(bad / "flat.npz", **arrays | {"head/kernel": np.ones(5, np.float32)})
     np.savez(bad / "object.npz", cls=np.array([Evil(bad / "ran")], dtype=object))
-    write_npz(bad / "claims.npz", {"cls.npy": npy_header((10**12,))})
-    write_npz(bad / "bomb.npz", {"cls.npy": npy_header((2**27,)) + bytes(2**29)}, 8)
 
-    run = dict(event="start", selected_on="test", settings=dict(seed=42, dataset="cifar10", num_steps=4))
-    score = dict(event="eval", step=1, loss=1.0, accuracy=0.5, train_loss=1.0, seconds=60)
+    start, score = map(json.loads, (good / f"{RUN}.jsonl").read_text().splitlines()[:2])
     logs = {
         "bare": "",
         "middle": "{\n{}\n",
@@ -261,11 +294,9 @@ def bad(tmp_path_factory) -> Path:
         "old": '{"event": "start"}\n',
         "array": "[1]\n",
         "deep": "[" * 100_000 + "\n",
-        "digits": "1" * 10_000 + "\n",
-        "settings": json.dumps(run | {"settings": 5}) + "\n",
-        "words": "\n".join(map(json.dumps, (run, score | {"accuracy": "high"}))) + "\n",
-        "above": "\n".join(map(json.dumps, (run, score | {"accuracy": 50}))) + "\n",
-        "step": "\n".join(map(json.dumps, (run, score | {"step": -1}))) + "\n",
+        "settings": json.dumps(start | {"settings": 5}) + "\n",
+        "flags": json.dumps(start | {"settings": {"seed": 1}}) + "\n",
+        "words": "\n".join(map(json.dumps, (start, score | {"accuracy": "high"}))) + "\n",
     }
     for name, text in logs.items():
         (bad / "logs" / name).mkdir(parents=True)
@@ -284,7 +315,8 @@ def bad(tmp_path_factory) -> Path:
     shutil.rmtree(bad / "no_train" / "train")
     for name in ("cat", "dog"):
         shutil.rmtree(bad / "empty_train" / "train" / name)
-    shutil.rmtree(bad / "one_class" / "train" / "dog")
+    for split in ("train", "test"):
+        shutil.rmtree(bad / "one_class" / split / "dog")
     (bad / "empty_class" / "train" / "eel").mkdir()
     (bad / "strange_class" / "train" / "a\x1b[2J").mkdir()
     shutil.rmtree(bad / "level" / "train")
@@ -301,25 +333,19 @@ def bad(tmp_path_factory) -> Path:
     (bad / "a b'\"$(touch x).png").write_text("no image")
     Image.fromarray(np.ones((4, 4), np.float32)).save(bad / "float.tif")
 
-    for kind in ("code", "range", "labels", "cut", "lists", "meta"):
+    for kind in ("code", "cut"):
         write_cifar10(bad / f"cifar_{kind}", per_file=4)
-    data = {"data": np.zeros((4, 3072), np.uint8)}
     batch = "cifar-10-batches-py/test_batch"
     (bad / "cifar_code" / batch).write_bytes(pickle.dumps(Evil(bad / "ran")))
-    (bad / "cifar_range" / batch).write_bytes(pickle.dumps(data | {"labels": [0, 1, 2, 10]}))
-    (bad / "cifar_labels" / batch).write_bytes(pickle.dumps(data | {"labels": ["a", "b", "c", "d"]}))
-    (bad / "cifar_lists" / batch).write_bytes(pickle.dumps([1, 2]))
     (bad / "cifar_cut" / batch).write_bytes((bad / "cifar_cut" / batch).read_bytes()[:5000])
-    (bad / "cifar_meta" / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps({"label_names": 3}))
-    for kind in ("cut", "claims", "range", "legacy"):
+    for kind in ("cut", "text", "range", "mixed", "legacy"):
         raw = bad / f"idx_{kind}" / "FashionMNIST" / "raw"
-        raw.mkdir(parents=True)
-        for path in readers.MINI.glob("*.gz"):
-            (raw / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(MINI, raw)
     images = "FashionMNIST/raw/train-images-idx3-ubyte"
-    (bad / "idx_cut" / f"{images}.gz").write_bytes((readers.MINI / f"{Path(images).name}.gz").read_bytes()[:100_000])
-    (bad / "idx_claims" / images).write_bytes(b"\0\0\x08\3" + b"\xff" * 12)
-    labels = gzip.decompress((readers.MINI / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    (bad / "idx_cut" / f"{images}.gz").write_bytes((MINI / f"{Path(images).name}.gz").read_bytes()[:100_000])
+    (bad / "idx_text" / images).write_bytes(b"no images")
+    shutil.copy(MINI / "train-labels-idx1-ubyte.gz", bad / "idx_mixed" / f"{images}.gz")
+    labels = gzip.decompress((MINI / "t10k-labels-idx1-ubyte.gz").read_bytes())
     (bad / "idx_range" / "FashionMNIST/raw/t10k-labels-idx1-ubyte").write_bytes(labels[:-1] + b"\x0a")
     for path in (bad / "idx_legacy" / "FashionMNIST" / "raw").iterdir():  # torchvision takes the old files as enough
         path.unlink()
@@ -336,9 +362,7 @@ FILES = [
     ("--pretrained_dir {bad}/nan.npz", "nan.npz: cls_token has values that are not finite"),
     ("--pretrained_dir {bad}/int.pth", "int.pth: norm.weight is of torch.int64, the model's of torch.float32"),
     ("--pretrained_dir {bad}/complex.pth", "norm.weight is of torch.complex64"),
-    ("--pretrained_dir {bad}/sparse.pth", "blocks.0.mlp.fc1.weight is no plain tensor"),
-    ("--pretrained_dir {bad}/expanded.pth", "norm.weight is no plain tensor"),
-    ("--pretrained_dir {bad}/split.pth", "is no plain tensor"),
+    ("--pretrained_dir {bad}/sparse.pth", "blocks.0.mlp.fc1.weight is no dense tensor"),
     ("--pretrained_dir {bad}/shape.pth", "norm.weight is (33,) in the file, (32,) in the model"),
     ("--pretrained_dir {bad}/pos.pth", "pos_embed is (2, 17, 32) in the file"),
     ("--pretrained_dir {bad}/nothing.pth", "nothing.pth: holds no weights"),
@@ -346,19 +370,15 @@ FILES = [
     ("--pretrained_dir {bad}/text", "text: not a checkpoint, or damaged"),
     ("--pretrained_dir {bad}/truncated.pth", "truncated.pth: not a checkpoint, or damaged"),
     ("--pretrained_dir {bad}/evil.pth", "evil.pth: refused"),
-    ("--pretrained_dir {bad}/text.npz", "text.npz: not a readable .npz"),
-    ("--pretrained_dir {bad}/truncated.npz", "truncated.npz: not a readable .npz"),
-    ("--pretrained_dir {bad}/words.npz", "words.npz: not a readable .npz file (an array of <U1"),
-    ("--pretrained_dir {bad}/flat.npz", "flat.npz: not weights as Google's"),
-    ("--pretrained_dir {bad}/object.npz", "object.npz: not a readable .npz file (an array of object"),
-    ("--pretrained_dir {bad}/claims.npz", "claims.npz: not a readable .npz"),
-    ("--pretrained_dir {bad}/bomb.npz", "bomb.npz: refused, it would unpack to 0.5 GiB"),
+    ("--pretrained_dir {bad}/text.npz", "text.npz: no readable .npz of Google's"),
+    ("--pretrained_dir {bad}/truncated.npz", "truncated.npz: no readable .npz of Google's"),
+    ("--pretrained_dir {bad}/words.npz", "words.npz: no readable .npz of Google's (can't convert"),
+    ("--pretrained_dir {bad}/flat.npz", "flat.npz: no readable .npz of Google's"),
+    ("--pretrained_dir {bad}/object.npz", "object.npz: no readable .npz of Google's (Object arrays cannot"),
     ("--pretrained_dir {bad}/google.npz --depth 3", "has 2 blocks, the model 3"),
     ("--load_model_dir {bad}/google.npz -v true --img_size 7 --patch_size 1", "google.npz: patch_embed.proj.weight is"),
-    ("--dim 8192 --heads 2 --mlp_dim 8192 --depth 24", "free on cpu; a smaller model or --train_batch_size"),
-    ("--train_batch_size 2000000000", "2000000000 images of 28 px a pass take more than"),
     ("--epochs 0.01 --warmup_epochs 1", "not shorter than the run"),
-    ("--device cuda --gpu_id 99", "--gpu_id" if torch.cuda.is_available() else "torch sees no GPU here"),
+    ("--device cuda --gpu_id 99", "torch sees no GPU here"),
     ("--val_fraction 0.999 --dataset imagefolder --data_dir {bad}/fine", "leaves no training images"),
     ("--dataset imagefolder --data_dir {bad}/nowhere", "nowhere: no such folder"),
     ("--dataset imagefolder --data_dir {bad}/text", "text: no such folder"),
@@ -368,7 +388,7 @@ FILES = [
     ("--dataset imagefolder --data_dir {bad}/empty_train", "no class folders in it"),
     ("--dataset imagefolder --data_dir {bad}/level", "images belong into"),
     ("--dataset imagefolder --data_dir {bad}/one_class", "only one class, cat"),
-    ("--dataset imagefolder --data_dir {bad}/empty_class", "train/eel: no images in this class folder"),
+    ("--dataset imagefolder --data_dir {bad}/empty_class", "Found no valid file for the classes eel"),
     ("--dataset imagefolder --data_dir {bad}/strange_class", r"a\x1b[2J: the name of a class must be printable"),
     ("--dataset imagefolder --data_dir {bad}/unknown", "class 'owl' is not among the 2 known: cat, dog"),
     ("--dataset imagefolder --data_dir {bad}/broken", "cat/000.png: not a readable image"),
@@ -376,29 +396,19 @@ FILES = [
     ("--dataset imagefolder --data_dir {bad}/bomb", "cat/000.png: not a readable image"),
     ("--dataset imagefolder --data_dir {bad}/link", "cat/gone.png: cannot be read"),
     ("--dataset imagefolder --data_dir {bad}/newline", r"cat/a\nb.png: not a readable image"),
-    ("--dataset cifar10 --data_dir {bad}/cifar_code", "test_batch: not a CIFAR file, or damaged (refused"),
-    ("--dataset cifar10 --data_dir {bad}/cifar_range", "a label is out of range, there are 10 classes"),
-    ("--dataset cifar10 --data_dir {bad}/cifar_labels", "not CIFAR's own format"),
-    ("--dataset cifar10 --data_dir {bad}/cifar_lists", "holds no dictionary but list"),
-    ("--dataset cifar10 --data_dir {bad}/cifar_cut", "test_batch: not a CIFAR file, or damaged"),
-    ("--dataset cifar10 --data_dir {bad}/cifar_meta", "batches.meta: has no label_names"),
-    ("--dataset fashionmnist --data_dir {bad}/idx_cut", "train-images-idx3-ubyte.gz: damaged"),
-    ("--dataset fashionmnist --data_dir {bad}/idx_claims", "train-images-idx3-ubyte: not an IDX file, or truncated"),
-    ("--dataset fashionmnist --data_dir {bad}/idx_range", "a label is out of range, there are 10 classes"),
+    ("--dataset cifar10 --data_dir {bad}/cifar_code", "CIFAR10 is not there and can't be downloaded (no route"),
+    ("--dataset cifar10 --data_dir {bad}/cifar_cut", "put cifar-10-python.tar.gz from https://www.cs.toronto"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_cut", "train-images-idx3-ubyte.gz: no IDX file, or damaged"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_text", "train-images-idx3-ubyte: no IDX file, or damaged"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_range", "7, 8, 9, 10] for 10 classes"),
     ("--dataset fashionmnist --data_dir {bad}/idx_legacy", "files are missing"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_mixed", "images and labels are mixed up"),
 ]  # fmt: skip
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("urllib.request.urlopen", fail)
-
-
 @pytest.mark.parametrize("words, expected", FILES, ids=[str(i) for i in range(len(FILES))])
-def test_files(bad, tmp_path, no_network, words, expected):
+def test_files(bad, tmp_path, monkeypatch, words, expected):
+    no_network(monkeypatch)
     done = in_process("train.py", "--name", "run", *TINY, *places(tmp_path), *words.format(bad=bad).split())
     one_line(done, "train.py", expected)
     assert not list(tmp_path.iterdir()) and not (bad / "ran").exists()
@@ -412,28 +422,20 @@ def changed(state: dict, key: str, **changes) -> dict:
 
 
 CHECKPOINTS = {
-    "bare": (lambda s: {"model": {}}, "has no 'config'"),
-    "list": (lambda s: [1], "has no 'model'"),
-    "missing": (lambda s: {k: v for k, v in s.items() if k != "classes"}, "has no 'classes'"),
-    "absurd": (lambda s: changed(s, "config", dim=10**9), "dim 1000000000 is not a whole number within"),
-    "large": (lambda s: changed(s, "config", dim=8192, mlp_dim=8192, depth=8), "cls_token is (1, 1, 32), not (1, 1,"),
-    "deep": (lambda s: changed(s, "config", depth=10**9), "depth 1000000000 is not"),
-    "type": (lambda s: changed(s, "config", dim="32"), "dim '32' is not a whole number"),
-    "zero": (lambda s: changed(s, "config", heads=0), "heads 0 is not a whole number"),
-    "word": (lambda s: changed(s, "config", colour=3), "unexpected keyword argument 'colour'"),
-    "config": (lambda s: s | {"config": 5}, "does not fit this version's models"),
-    "weights": (lambda s: s | {"model": [1]}, "does not fit this version's models"),
-    "key": (lambda s: s | {"model": {k: v for k, v in s["model"].items() if k != "norm.bias"}}, "norm.bias"),
-    "more": (lambda s: changed(s, "model", more=torch.ones(1)), "does not fit this version's models"),
-    "nan": (lambda s: changed(s, "model", **{"norm.bias": torch.full((32,), torch.nan)}), "norm.bias has values"),
-    "classes": (lambda s: s | {"classes": ["a"]}, "its model is not for its classes"),
-    "numbers": (lambda s: s | {"classes": [1] * 10}, "its classes are not names"),
-    "flags": (lambda s: s | {"args": {}}, "its flags are not those of train.py"),
-    "mean": (lambda s: changed(s, "args", mean=[0.0]), "its mean is [0.0]"),
-    "std": (lambda s: changed(s, "args", std=[0.0] * 3), "its std is [0.0, 0.0, 0.0]"),
-    "outside": (lambda s: changed(s, "args", name="../../x"), "is no file name"),
-    "step": (lambda s: s | {"step": "x"}, "step 'x'"),
-    "precision": (lambda s: s | {"precision": "fp8"}, "precision 'fp8'"),
+    "bare": (lambda s: {"model": {}}, "lacks 'args'"),
+    "list": (lambda s: [1], "list indices must be integers"),
+    "missing": (lambda s: {k: v for k, v in s.items() if k != "classes"}, "lacks 'classes'"),
+    "type": (lambda s: changed(s, "config", dim="32"), ""),
+    "sizes": (lambda s: changed(s, "config", dim=33), "dim 33 is not divisible by heads 2"),
+    "word": (lambda s: changed(s, "config", colour=3), "takes no colour"),
+    "config": (lambda s: s | {"config": 5}, ""),
+    "weights": (lambda s: s | {"model": [1]}, ""),
+    "shape": (lambda s: changed(s, "config", dim=64), ""),
+    "key": (lambda s: s | {"model": {k: v for k, v in s["model"].items() if k != "norm.bias"}}, ""),
+    "more": (lambda s: changed(s, "model", more=torch.ones(1)), ""),
+    "flags": (lambda s: s | {"args": {}}, "no attribute 'img_size'"),
+    "mean": (lambda s: changed(s, "args", mean=[0.0]), ""),
+    "precision": (lambda s: s | {"precision": "fp8"}, "lacks 'fp8'"),
 }
 
 
@@ -442,7 +444,9 @@ def test_checkpoints(good, tmp_path, kind):
     change, expected = CHECKPOINTS[kind]
     path = tmp_path / f"{kind}.bin"
     torch.save(change(torch.load(good / f"{RUN}_checkpoint.bin", weights_only=True)), path)
-    one_line(in_process("eval.py", path, "--plot", "position"), "eval.py", expected)
+    done = in_process("eval.py", path, "--plot", "position")
+    one_line(done, "eval.py", expected)
+    assert f"{path}: not a checkpoint of this train.py (" in done.stderr
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -450,18 +454,19 @@ EVAL = [
     ("{bad}/none.bin", "none.bin: no such file"),
     ("{bad}", "no such file"),
     ("{bad}/evil.pth", "evil.pth: refused"),
-    ("{good} --images {bad}/none.png", "none.png: no such file"),
+    ("{good} --images {bad}/none.png", "none.png: not a readable image (No such file"),
     ("{good} --images {bad}/text", "text: not a readable image"),
     ("{good} --images {bad}/empty", "empty: not a readable image"),
     ("{good} --images {bad}/cut.png", "cut.png: not a readable image"),
     ("{good} --images {bad}/bomb.png", "bomb.png: not a readable image"),
-    ("{good} --images {bad}/large.png", "13000 x 13000 pixels are more than 89478485"),
     ("{good} --images {bad}/float.tif", "floating-point pixels"),
     (["{good}", "--images", "{bad}/a b'\"$(touch x).png"], "a b'\"$(touch x).png: not a readable image"),
     ("{good} --images {bad}", "not a readable image"),
     ("{good} --images a.png --dataset cifar10", "leave out --dataset"),
     ("{good} --dataset imagefolder --data_dir {bad}/fine", "'cat' is not among the 10 known"),
     ("{good} --top 0", "0 is not at least 1"),
+    ("{bad}/nan.pth", "nan.pth: not a checkpoint of this train.py (lacks 'args'); score bare weights with train.py"),
+    ("{bad}/truncated.pth", "truncated.pth: not a checkpoint, or damaged"),
     ("{good} --blocks 0", "--plot attention shows, which is missing"),
     ("{good} --plot attention --blocks 2", "--blocks 2: the model has blocks 0 to 1"),
     ("{good} --plot wrong", "'wrong'"),
@@ -480,105 +485,49 @@ def test_evaluation(good, bad, words, expected):
     assert sorted(good.iterdir()) == before and not (bad / "ran").exists()
 
 
-# --- plot.py and the sweeps ---
-
-PLOT = [
-    ("{bad}/none", "none: no such folder"),
-    ("{bad}/logs/none", "holds no run"),
-    ("{bad}/text", "not named as a run"),
-    ("{bad}/logs/bare", "does not begin with the record 'start'"),
-    ("{bad}/logs/other", "does not begin with the record 'start'"),
-    ("{bad}/logs/middle", "line 1 is not JSON"),
-    ("{bad}/logs/deep", "line 1 is not JSON"),
-    ("{bad}/logs/digits", "line 1 is not JSON"),
-    ("{bad}/logs/old", "lacks 'settings'"),
-    ("{bad}/logs/array", "a record lacks"),
-    ("{bad}/logs/settings", "a record lacks"),
-    ("{bad}/logs/words", "holds values that no run has"),
-    ("{bad}/logs/above", "holds values that no run has"),
-    ("{bad}/logs/step", "holds values that no run has"),
-    ("{bad}/logs/binary", "not a text file"),
-    ("{bad}/logs/loss", "'Valid Loss: high' is not a line"),
-    ("{good} --logs {bad}/none", "none: no such folder"),
-    ("{good} --out {bad}/text", "cannot be written to"),
-    ("{good} --out /proc/nowhere", "cannot be written to"),
-    ("--otu x", "did you mean --out?"),
-    ("--plan --name a/b", "usable as a file name"),
-]
+def test_files_that_are_no_runs_are_named_and_left_out(good, bad, tmp_path):
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    kinds = {path.name: next(path.iterdir()) for path in sorted((bad / "logs").iterdir()) if path.name != "none"}
+    for kind, path in kinds.items():
+        shutil.copy(path, tmp_path / path.name.replace("run_", f"{kind}_"))
+    done = in_process("plot.py", tmp_path)
+    assert done.returncode == 0 and "| ViT-Ti_16 " in done.stdout
+    for kind, line in zip(kinds, done.stderr.splitlines(), strict=True):
+        assert line.startswith(f"plot.py: left out: {tmp_path}/{kind}_ViT-Ti_16"), line
 
 
-@pytest.mark.parametrize("words, expected", PLOT, ids=[str(i) for i in range(len(PLOT))])
-def test_plots(good, bad, words, expected):
-    script = "train.py" if "--plan" in words else "plot.py"
-    one_line(watched("plot.py", words.format(bad=bad, good=good).split()), script, expected)
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"), "2.00 GiB.)"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "you tried)"),
+        (MemoryError(), "out of memory (the host)"),
+    ],
+)
+def test_too_little_memory_is_said(capsys, error, expected):
+    def full(args):
+        raise error
 
-
-SWEEPS = [
-    (dict(ARCHS="ViT-X_1"), "invalid choice: 'ViT-X_1'"),
-    (dict(ARCHS=" "), "nothing to do"),
-    (dict(ARCHS="*"), "invalid choice: '*'"),
-    (dict(NORMS="LN XX"), "invalid choice: 'XX'"),
-    (dict(SEEDS="x"), "invalid int value: 'x'"),
-    (dict(CELL="16"), "no cell 16, there are 16 from 0 on"),
-    (dict(CELL="two"), "CELL 'two' is not the number of a cell"),
-    (dict(CELL="a[$(touch {tmp}/ran)]"), "is not the number of a cell"),
-    (dict(GPUS="x"), "GPUS 'x' are not numbers"),
-    (dict(GPUS=" "), "GPUS ' ' are not numbers"),
-    (dict(PYTHON="{tmp}/none"), "none': no such program"),
-    (dict(NAME="../x"), "usable as a file name"),
-    (dict(NAME="$(touch {tmp}/ran)/`touch {tmp}/ran`"), "usable as a file name"),
-    (dict(NAME="a\nb"), r"'a\nb' must be usable"),
-    (dict(DATASET="mnist"), "invalid choice: 'mnist'"),
-    (dict(FLAGS="--lerning_rate 1"), "did you mean --learning_rate?"),
-    (dict(FLAGS="--num_steps $(touch {tmp}/ran)"), "invalid int value: '$(touch'"),
-]
-
-
-@pytest.mark.parametrize("env, expected", SWEEPS, ids=[str(i) for i in range(len(SWEEPS))])
-@pytest.mark.parametrize("script", ["train1.sh", "train3.sh"])
-def test_sweeps(tmp_path, script, env, expected):
-    env = {name: value.format(tmp=tmp_path) for name, value in env.items()}
-    words = [*places(tmp_path), *env.pop("FLAGS", "").split()]
-    env = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path)} | env
-    done = subprocess.run(["sh", str(ROOT / script), *words], capture_output=True, text=True, env=env, timeout=60)
-    one_line(done, "train1.sh", expected)
-    assert done.stdout == "" and not list(tmp_path.iterdir())
-
-
-def test_hostile_names_run_nothing(tmp_path):
-    """A name that a shell would run is only a name, from the sweep to the files and the pictures."""
-    name = "a b'\"$(touch ran);`touch ran`*${HOME}$x^2$ $}$é-"
-    flags = "--dataset fashionmnist-mini --img_size 28 --patch_size 7 --dim 32 --depth 1 --heads 2 --mlp_dim 32".split()
-    flags += ["--num_steps", "2", "--train_batch_size", "8", "--eval_batch_size", "2000", *places(tmp_path)]
-    env = dict(NAME=name, ARCHS="ViT-Ti_16", NORMS="LN", PYTHON=sys.executable, TMPDIR=str(tmp_path), DRY_RUN="0")
-    done = subprocess.run(["sh", str(ROOT / "train1.sh"), *flags], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, **env})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "output"] and not (ROOT / "ran").exists()
-    run = f"{name}_ViT-Ti_16_norm_LN_fp_True_img_28_pretrain_F"
-    files = {path.name for path in (tmp_path / "output").iterdir()}
-    assert {f"{run}.jsonl", f"{run}_checkpoint.bin", f"{run}_curves.png", "results.md"} <= files
-    assert [path.name for path in (tmp_path / "logs").iterdir()] == [run]
-    checkpoint = tmp_path / "output" / f"{run}_checkpoint.bin"
-    assert in_process("eval.py", checkpoint, "--plot", "position").returncode == 0
-    assert in_process("eval.py", checkpoint).returncode == 0
-
-
-def test_too_little_memory_is_said(good, monkeypatch):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
-
-    monkeypatch.setattr(eval, "main", full)
     with pytest.raises(SystemExit) as left:
-        eval.run_main(eval.main, None)
-    assert left.value.code == 2
+        cli.run_main(full, None, dist_util.explain)
+    text = capsys.readouterr().err
+    assert left.value.code == 2 and text.count("\n") == 1
+    assert expected in text and text.endswith("; fewer images per pass, or a smaller model\n")
+
+
+def test_mistakes_of_the_code_keep_their_traceback(capsys):
+    def wrong(args):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.run_main(wrong, None, dist_util.explain)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     "script, words",
     [
         ("train.py", "--name run --dataset imagefolder --data_dir {bad}/bomb --img_size 32 --output_dir {tmp}/o"),
-        ("train.py", "--name run --dataset fashionmnist-mini --pretrained_dir {bad}/evil.pth --output_dir {tmp}/o"),
         ("eval.py", "{good} --images {bad}/large.png"),
         ("plot.py", "{bad}/logs/words"),
     ],
@@ -594,7 +543,7 @@ def test_in_a_process_of_its_own(good, bad, tmp_path, script, words):
 
 
 def rgb(path: Path) -> np.ndarray:
-    image = readers.read_image(path)
+    image = read_image(path)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -669,12 +618,67 @@ def test_odd_folder_is_trained_and_scored(tmp_path):
     "words",
     ["--num_steps 1_0", "--lr 1e-320", "--weight_decay -0", "--save_every 2147483647", "--eval_every 2000000000"],
 )
-def test_odd_numbers_are_numbers(words):
-    done = watched("plot.py", ["--plan", "--name", "run", *TINY, *words.split()])
+def test_odd_numbers_are_numbers(tmp_path, words):
+    done = in_process("train.py", "--dry_run", "--name", "run", *TINY, *places(tmp_path), *words.split())
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith("10 steps" if "1_0" in words else "10000 steps")
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_classes_than_there_are(good, tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "a.png")
     done = in_process("eval.py", good / f"{RUN}_checkpoint.bin", "--images", tmp_path / "a.png", "--top", 99, "--json")
     assert len(json.loads(done.stdout)[str(tmp_path / "a.png")]) == 10
+
+
+# --- the sweeps ---
+
+SWEEPS = [
+    (dict(ARCHS="ViT-X_1"), "invalid choice: 'ViT-X_1'"),
+    (dict(ARCHS=" "), "nothing to do"),
+    (dict(ARCHS="*"), "invalid choice: '*'"),
+    (dict(NORMS="LN XX"), "invalid choice: 'XX'"),
+    (dict(SEEDS="x"), "invalid int value: 'x'"),
+    (dict(CELL="16"), "no cell 16, there are 16 from 0 on"),
+    (dict(CELL="two"), "CELL 'two' is not the number of a cell"),
+    (dict(CELL="a[$(touch {tmp}/ran)]"), "is not the number of a cell"),
+    (dict(GPUS="x"), "GPUS 'x' are not numbers"),
+    (dict(GPUS=" "), "GPUS ' ' are not numbers"),
+    (dict(PYTHON="{tmp}/none"), "none': no such program"),
+    (dict(NAME="../x"), "usable as a file name"),
+    (dict(NAME="$(touch {tmp}/ran)/`touch {tmp}/ran`"), "usable as a file name"),
+    (dict(NAME="a\nb"), r"'a\nb' must be usable"),
+    (dict(DATASET="mnist"), "invalid choice: 'mnist'"),
+    (dict(FLAGS="--lerning_rate 1"), "did you mean --learning_rate?"),
+    (dict(FLAGS="--num_steps $(touch {tmp}/ran)"), "invalid int value: '$(touch'"),
+]
+
+
+@pytest.mark.parametrize("env, expected", SWEEPS, ids=[str(i) for i in range(len(SWEEPS))])
+@pytest.mark.parametrize("script", ["train1.sh", "train3.sh"])
+def test_sweeps(tmp_path, script, env, expected):
+    env = {name: value.format(tmp=tmp_path) for name, value in env.items()}
+    words = [*places(tmp_path), *env.pop("FLAGS", "").split()]
+    env = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path)} | env
+    done = subprocess.run(["sh", str(ROOT / script), *words], capture_output=True, text=True, env=env, timeout=60)
+    one_line(done, "train1.sh", expected)
+    assert done.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_hostile_names_run_nothing(tmp_path):
+    """A name that a shell would run is only a name, from the sweep to the files and the pictures."""
+    name = "a b'\"$(touch ran);`touch ran`*${HOME}$x^2$ $}$é-"
+    flags = "--dataset fashionmnist-mini --img_size 28 --patch_size 7 --dim 32 --depth 1 --heads 2 --mlp_dim 32".split()
+    flags += ["--num_steps", "2", "--train_batch_size", "8", "--eval_batch_size", "2000", *places(tmp_path)]
+    env = dict(NAME=name, ARCHS="ViT-Ti_16", NORMS="LN", PYTHON=sys.executable, TMPDIR=str(tmp_path), DRY_RUN="0")
+    done = subprocess.run(["sh", str(ROOT / "train1.sh"), *flags], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, **env})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "output"] and not (ROOT / "ran").exists()
+    run = f"{name}_ViT-Ti_16_norm_LN_fp_True_img_28_pretrain_F"
+    files = {path.name for path in (tmp_path / "output").iterdir()}
+    assert {f"{run}.jsonl", f"{run}_checkpoint.bin", f"{run}_curves.png", "results.md"} <= files
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == [run]
+    checkpoint = tmp_path / "output" / f"{run}_checkpoint.bin"
+    assert in_process("eval.py", checkpoint, "--plot", "position").returncode == 0
+    assert in_process("eval.py", checkpoint).returncode == 0

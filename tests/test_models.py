@@ -1,5 +1,5 @@
 """The four models and the hybrid: parity with reference outputs of the published implementations, sizes, gradients,
-compilation, attention maps, parts shared between files, messages."""
+compilation, attention maps and where tokens stand in them, parts shared between files, messages, models of others."""
 
 import inspect
 import subprocess
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
+from helpers import ROOT
+from torch import nn
 
-from models import MODELS, create_model, dems, model_sizes, mvit, rescale_vit, vit
-from models.dems import DEMS
-from models.mvit import MViT
+from models import MODELS, create_model, dems, mvit, rescale_vit, vit
 from models.rescale_vit import RescaleViT
 from models.vit import ViT
-from utils.checkpoint import load_weights
 from utils.cli import UserError
+from utils.weights import load_weights
 
 TINY = dict(image_size=16, num_classes=5, patch_size=4, dim=32, depth=3, heads=2, mlp_dim=64)
 KINDS = {
@@ -234,8 +234,8 @@ def test_every_row_makes_a_model(model_type):
 
 
 def test_model_list_needs_no_torch():
-    code = "import sys, models; models.model_sizes('DEMS-S', image_size=32); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, models; assert models.MODELS and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @all_kinds
@@ -281,9 +281,10 @@ def test_every_parameter_gets_a_gradient(kind):
         assert not model.attn_pool.latent.grad[:, :-1].any()
 
 
-@all_kinds
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "stem" not in kind])  # those are torch's own modules
 def test_compiles_as_one_graph(kind):
-    model, twin = make(kind, dropout=0.0), make(kind, dropout=0.0)
+    one = dict(dropout=0.0, depth=1) | (dict(merge_num=(16,), merge_layer=(1,)) if kind == "DEMS" else {})
+    model, twin = make(kind, **one), make(kind, **one)
     compiled = torch.compile(twin, fullgraph=True, backend="eager")
     x = images(model)
     for training in (True, True, False):
@@ -414,6 +415,83 @@ def test_dems_merges_inside_regions():
     assert same == [True] + [True] * 8 + [False] * 8 + [True] * 16
 
 
+# --- where tokens stand ---
+
+
+@all_kinds
+def test_token_layout(kind):
+    model = make(kind).eval()
+    layout = model.token_layout()
+    n = model.attention_maps(images(model, batch=1)).shape[-1]
+    patches, classes = [], set(range(n))
+    for scale in layout["scales"]:
+        count = scale["grid"][0] * scale["grid"][1]
+        assert scale["positions"].shape == (count, 32) and isinstance(scale["name"], str)
+        assert 0 <= scale["start"] - scale["first"] <= 1
+        patches += range(scale["start"], scale["start"] + count)
+    assert len(patches) == len(set(patches)) and set(patches) < classes  # every patch has a place of its own
+    classes -= set(patches)
+    assert classes == ({0, 2, 7} if kind == "MViT" else {0}) and layout["class_token"] == max(classes)
+    finest = max(layout["scales"], key=lambda scale: len(scale["positions"]))
+    assert finest["grid"] == model.grid
+    assert torch.equal(finest["positions"], model.pos_embed[0, -len(finest["positions"]) :])
+    if kind != "MViT":  # the head reads this token
+        x = images(model)
+        assert_close(model.head(model.forward_features(x)[:, layout["class_token"]]), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "BN", "Rescale", "DEMS", "MViT"])  # what is left out mixes its tokens
+def test_patches_stand_where_the_image_has_them(kind):
+    """Other pixels in one of the smallest patches change the scores of this one, and of the larger ones around it."""
+    height = make(kind).image_size[0]
+    overrides = dict(image_sizes=((8, 4), (32, 16))) if kind == "MViT" else {}
+    model = make(kind, image_size=(2 * height, height), **overrides).eval()
+    layout, row, column = model.token_layout(), 3, 2
+    side, x = height // model.grid[1], images(model, batch=1)
+    other = x.clone()
+    other[..., row * side : (row + 1) * side, column * side : (column + 1) * side] += 3
+    cls = layout["class_token"]
+    before, after = (model.attention_maps(each)[0, 0, :, cls].log() for each in (x, other))
+    change = after - before
+    changed = ((change - change[:, [cls]]).abs() > 1e-4).any(dim=0)  # but for the softmax, which shifts all alike
+    expected = torch.zeros(len(changed), dtype=torch.bool)
+    for scale in layout["scales"]:
+        rows, columns = scale["grid"]
+        expected[scale["start"] + row * rows // model.grid[0] * columns + column * columns // model.grid[1]] = True
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize(
+    "kind,filters",
+    [
+        ("ViT", [("patch embedding", 4)]),
+        ("BN", [("patch embedding", 4)]),
+        ("conv stem", [("patch embedding, first convolution", 3)]),
+        ("hybrid", [("patch embedding, first convolution", 7)]),
+        ("DEMS", [(f"{side} px patches", side) for side in (1, 2, 4, 8)]),
+        (
+            "DEMS conv stem",
+            [(f"{side} px patches, first convolution", 3) for side in (2, 4)]
+            + [(f"{side} px patches", side) for side in (8, 16)],
+        ),
+        ("MViT", [None, None, ("patch embedding", 4)]),
+    ],
+)
+def test_filters_are_of_what_comes_first(kind, filters):
+    model = make(kind)
+    found = [scale["filters"] for scale in model.token_layout()["scales"]]
+    assert [each and (each[0], each[1].shape[-1]) for each in found] == filters
+    assert all(each[1].shape[1:] == (3, *each[1].shape[-1:] * 2) for each in found if each)
+
+
+def test_kernel_of_dems_equals_its_three_convolutions():
+    embed = make("DEMS conv stem").patch_embed_8
+    kernel, x = embed.kernel(), torch.randn(2, 3, 32, 32)
+    assert kernel.shape == (32, 3, 16, 16)
+    once = torch.nn.functional.conv2d(x, kernel, embed.proj[-1].bias, stride=16)
+    assert_close(once, embed.proj(x))
+
+
 # --- parts shared between files ---
 
 
@@ -446,7 +524,7 @@ def test_parts_that_differ_by_a_word():
     assert inspect.getsource(dems.Block).replace("1e-5", "1e-6") == inspect.getsource(vit.Block)
     for file in (dems, mvit):
         assert inspect.getsource(file.PatchEmbed) == inspect.getsource(rescale_vit.PatchEmbed)
-    for method in ("init_weights", "no_weight_decay", "embed", "forward"):
+    for method in ("init_weights", "no_weight_decay", "embed", "forward", "token_layout"):
         assert inspect.getsource(getattr(RescaleViT, method)) == inspect.getsource(getattr(ViT, method))
 
 
@@ -461,8 +539,6 @@ def test_vit_names_are_timms():
 
 # --- messages ---
 
-CLASSES = {"ViT": ViT, "conv stem": ViT, "hybrid": ViT, "DEMS": DEMS, "DEMS conv stem": DEMS, "MViT": MViT}
-
 
 @pytest.mark.parametrize(
     "kind,overrides,message",
@@ -475,6 +551,10 @@ CLASSES = {"ViT": ViT, "conv stem": ViT, "hybrid": ViT, "DEMS": DEMS, "DEMS conv
         ("BN", dict(image_size=30), "image size 30 is not divisible by patch size 4"),
         ("Rescale", dict(heads=3), "dim 32 is not divisible by heads 3"),
         ("GN", dict(dim=30), "dim 30 is not divisible by 4, as GN needs"),
+        ("hybrid", dict(patch_size=8), "patch size 8 is not a multiple of 16, the stem's stride"),
+        ("hybrid", dict(stem_depths=(1, 1)), "stem depths 1 1 are not three, one a block"),
+        ("hybrid", dict(stem_width=48), "stem width 48 is not a multiple of 32, the groups of its norms"),
+        ("hybrid", dict(conv_stem=True), "stem_depths and conv_stem ask for two stems"),
         ("DEMS", dict(image_size=20), "image size 20 is not divisible by 8, 8 x patch size 1"),
         ("DEMS", dict(heads=3), "dim 32 is not divisible by heads 3"),
         ("DEMS", dict(dim=30), "dim 30 is not divisible by 4, as DEMS needs"),
@@ -493,39 +573,32 @@ CLASSES = {"ViT": ViT, "conv stem": ViT, "hybrid": ViT, "DEMS": DEMS, "DEMS conv
     ],
 )
 def test_bad_sizes(kind, overrides, message):
-    model_type, norm_type, sizes = KINDS[kind]
-    with pytest.raises(ValueError) as before_torch:
-        model_sizes(model_type, norm_type, **sizes | overrides)
-    with pytest.raises(ValueError) as in_class:
-        sizes = sizes | overrides
-        CLASSES[kind](**sizes) if kind in CLASSES else RescaleViT(norm_type=norm_type, **sizes)
-    assert str(before_torch.value) == str(in_class.value) == message
+    with pytest.raises(ValueError) as error:
+        make(kind, **overrides)
+    assert str(error.value) == message
+
+
+VITS = "ViT-Ti_16 ViT-S_16 ViT-B_16 ViT-B_32 ViT-L_16 ViT-L_32 ViT-H_14"
 
 
 @pytest.mark.parametrize(
     "arguments,overrides,message",
     [
-        (("ViT-X",), {}, "unknown model type 'ViT-X', one of ViT-Ti_16"),
+        (("ViT-X",), {}, f"unknown model type 'ViT-X', one of {' '.join(MODELS)}"),
         (("ViT-B_16", "XN"), {}, "unknown norm type 'XN', one of LN BN GN Rescale"),
-        (("DEMS-Ti", "BN"), {}, "norm type BN is made for plain ViT models, DEMS-Ti has LN only"),
-        (("MViT-S", "Rescale"), {}, "norm type Rescale is made for plain ViT models, MViT-S has LN only"),
-        (("R50-ViT-B_16", "GN"), {}, "norm type GN is made for plain ViT models, R50-ViT-B_16 has LN only"),
-        (
-            ("ViT-B_16", "BN"),
-            dict(conv_stem=True),
-            "a conv stem is made for ViT with norm LN and DEMS, not for ViT",
-        ),
-        (("R50-ViT-B_16",), dict(conv_stem=True), "a conv stem is made for ViT with norm LN and DEMS, not for R50"),
-        (("MViT-Ti",), dict(conv_stem=True), "a conv stem is made for ViT with norm LN and DEMS, not for MViT"),
-        (("MViT-Ti",), dict(conv_stem=False), "a conv stem is made for ViT with norm LN and DEMS, not for MViT"),
-        (("ViT-B_16",), dict(conv_stem="conv"), "conv_stem 'conv' is neither True nor False"),
-        (("ViT-B_16",), dict(merge_num=(8, 8)), "merge_num belongs to DEMS models, ViT-B_16 has none"),
+        (("DEMS-Ti", "BN"), {}, f"norm type BN is made for {VITS}, DEMS-Ti has LN only"),
+        (("MViT-S", "Rescale"), {}, f"norm type Rescale is made for {VITS}, MViT-S has LN only"),
+        (("R50-ViT-B_16", "GN"), {}, f"norm type GN is made for {VITS}, R50-ViT-B_16 has LN only"),
+        (("ViT-B_16", "BN"), dict(conv_stem=True), "ViT-B_16 with norm BN takes no conv_stem"),
+        (("MViT-Ti",), dict(conv_stem=True), "MViT-Ti with norm LN takes no conv_stem"),
+        (("ViT-B_16",), dict(merge_num=(8, 8)), "ViT-B_16 with norm LN takes no merge_num"),
+        (("DEMS-Ti",), dict(image_sizes=(16, 32)), "DEMS-Ti with norm LN takes no image_sizes"),
     ],
 )
 def test_bad_names(arguments, overrides, message):
     with pytest.raises(ValueError) as error:
         create_model(*arguments, **overrides)
-    assert str(error.value).startswith(message)
+    assert str(error.value) == message
 
 
 @all_kinds
@@ -534,11 +607,6 @@ def test_images_of_another_size(kind):
     height = model.image_size[0]
     with pytest.raises(ValueError, match=f"the image is {2 * height}x{height}, the model expects"):
         model(torch.zeros(1, 3, 2 * height, height))
-
-
-def test_two_stems_in_class():
-    with pytest.raises(ValueError, match="stem_depths and conv_stem ask for two stems"):
-        ViT(**KINDS["hybrid"][2], conv_stem=True)
 
 
 def test_unknown_norm_in_class():
@@ -555,3 +623,41 @@ def test_attention_in_bfloat16_is_torchs(module):
     assert (module.attend(q, k, v) - exact).abs().max() < 0.03
     dropped = torch.stack([module.attend(q, k, v, 0.5) for _ in range(400)]).double().mean(dim=0)
     assert (dropped - exact).abs().mean() < 0.05  # dropout keeps the mean
+
+
+# --- models of others ---
+
+
+class Own(nn.Module):
+    """No more than what models/__init__.py asks for."""
+
+    def __init__(self, *, image_size: int, num_classes: int):
+        super().__init__()
+        self.head = nn.Linear(3 * image_size**2, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("cls", [Own, f"{__name__}:Own"])
+def test_own_model(cls, monkeypatch):
+    monkeypatch.setitem(MODELS, "Own", dict(cls=cls))
+    model = create_model("Own", image_size=8, num_classes=3)
+    assert type(model).__name__ == "Own" and model(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+    with pytest.raises(ValueError, match="Own with norm LN takes no dropout"):
+        create_model("Own", image_size=8, num_classes=3, dropout=0.1)
+    with pytest.raises(ValueError, match=f"norm type BN is made for {VITS}, Own has LN only"):
+        create_model("Own", "BN", image_size=8, num_classes=3)
+
+
+def test_own_norm_and_own_words(monkeypatch):
+    class Words(Own):
+        def __init__(self, *, image_size, num_classes, **words):
+            super().__init__(image_size=image_size, num_classes=num_classes)
+            self.words = words
+
+    monkeypatch.setitem(MODELS, "Own", dict(cls=Own, norm_cls=Words, width=5))
+    with pytest.raises(ValueError, match="Own with norm LN takes no width"):
+        create_model("Own", image_size=8)
+    model = create_model("Own", "GN", image_size=8, num_classes=3, depth=2)
+    assert model.words == dict(norm_type="GN", width=5, depth=2)

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers, epoch-wise schedules."""
+"""Parameter groups, optimizers, averages of weights, the gradient scaler."""
 
 import copy
 import re
@@ -11,7 +11,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import create_model
 from utils.optim import Average, Chain, make_optimizer, make_scaler, parameter_groups
-from utils.scheduler import learning_rate
 
 MODELS = [
     ("ViT-Ti_16", "LN", dict(patch_size=4)),
@@ -52,6 +51,16 @@ def test_layer_decay_rises_to_the_head():
     assert scale[id(model.blocks[1].mlp.fc1.weight)] == 0.5
     assert scale[id(model.blocks[0].attn.qkv.bias)] == 0.25
     assert scale[id(model.pos_embed)] == scale[id(model.patch_embed.proj.weight)] == 0.125
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw", "muon"])
+def test_a_model_needs_no_blocks(opt):
+    """Nor names that weight decay leaves out; Muon has no matrices then, and is AdamW."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(model, flags(opt), torch.device("cpu"))
+    (group,) = optimizer.param_groups
+    assert group["params"] == [model.weight, model.bias] and (group["weight_decay"], group["lr_scale"]) == (0.05, 1)
+    assert isinstance(optimizer, torch.optim.SGD if opt == "sgd" else torch.optim.AdamW)
 
 
 def test_average_is_torchs():
@@ -129,9 +138,8 @@ def test_scaler_is_idle_but_for_float16_on_cuda():
 
 def test_momentum_is_defined_after_an_overflow_at_once():
     """The fused step of torch skips such a step, but counts it as the first, from which it would have momentum."""
-    weight = torch.nn.Parameter(torch.ones(10_000))
     model = torch.nn.Module()
-    model.blocks, model.weight, model.no_weight_decay = [], weight, set
+    model.weight = weight = torch.nn.Parameter(torch.ones(10_000))
     optimizer = make_optimizer(model, flags("sgd"), torch.device("cpu"))
     scaler = torch.amp.GradScaler("cpu")
     for gradient in (float("inf"), 0.0):
@@ -140,11 +148,3 @@ def test_momentum_is_defined_after_an_overflow_at_once():
         scaler.step(optimizer)
         scaler.update()
     assert (optimizer.state[weight]["momentum_buffer"].abs() <= 0.05).all()  # of weight decay
-
-
-def test_epoch_wise_rates_are_those_of_the_epochs_beginning():
-    run = dict(base_lr=1.0, num_steps=100, warmup_steps=20, warmup_lr=0.1)
-    rates = [learning_rate(step, steps_per_epoch=10, **run) for step in range(1, 101)]
-    assert all(len(set(rates[i : i + 10])) == 1 for i in range(0, 100, 10))
-    assert rates[0] == pytest.approx(0.1) and rates[10] == pytest.approx(0.55) and rates[20] == pytest.approx(1.0)
-    assert rates[30] == learning_rate(30, **run)

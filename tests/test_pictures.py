@@ -3,12 +3,12 @@
 import io
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import SIZES, TINY, call, places, write_folder
+from helpers import SIZES, TINY, places, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing import plugin_event_multiplexer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,20 +16,18 @@ from tensorboard.plugins.hparams import metadata
 
 import eval as eval_script
 import train
-from models import MODELS, NORM_TYPES, create_model, model_sizes
-from utils import checkpoint, options, pictures
+from models import MODELS, NORM_TYPES, create_model
+from utils import checkpoint, options, pictures, vis_utils
+from utils.augment import denormalize
 from utils.cli import UserError
-from utils.vis_utils import denormalize, tile
+from utils.run_files import run_id
 
-KINDS = ["attention_class", "attention_distance", "attention_heads", "attention_rollout"]
-KINDS += ["errors", "patches", "position"]
-
+ATTENTION = ["attention_class", "attention_distance", "attention_heads", "attention_rollout"]
 RUNS = {  # the flags that follow TINY's
     "ViT": [],
     "bf16": ["--bf16"],
     "BN": ["--norm_type", "BN"],
     "Rescale": ["--norm_type", "Rescale"],
-    "stem": "--patch_size 4 --stem conv".split(),
     "DEMS": "--model_type DEMS-Ti --img_size 16 --patch_size 2 --merge_num 8 4 --merge_layer 1 2".split(),
     "MViT": "--model_type MViT-Ti --img_size 16 --patch_size 4 --img_sizes 8 16".split(),
 }
@@ -38,18 +36,29 @@ RUNS = {  # the flags that follow TINY's
 def run_train(folder: Path, name: str, *words) -> Path:
     """Train in this process; the checkpoint."""
     argv = ["--name", name, *TINY, "--num_steps", "2", "--eval_batch_size", "500", *places(folder), *words]
-    args = options.parse_train_args(list(map(str, argv)), MODELS, NORM_TYPES, model_sizes)
+    args = options.parse_train_args(MODELS, NORM_TYPES, list(map(str, argv)))
     assert train.main(args) == 0
-    return folder / "output" / f"{options.run_id(args)}_checkpoint.bin"
+    return folder / "output" / f"{run_id(args)}_checkpoint.bin"
+
+
+def parse_eval(*words) -> Namespace:
+    return options.eval_parser().parse_args(list(map(str, words)), options.check_eval)
 
 
 def run_eval(*words) -> None:
-    assert eval_script.main(options.eval_parser().parse_args(list(map(str, words)))) == 0
+    assert eval_script.main(parse_eval(*words)) == 0
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("photos")
+    write_folder(root, sizes=[(50, 40), (28, 28)], per_class=2, splits=["photos"], classes=["a"])
+    return sorted((root / "photos" / "a").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +89,13 @@ def test_rollout_of_two_blocks():
     assert torch.allclose(pictures.rollout(maps)[-1], step[3] @ step[2] @ step[1] @ step[0])
 
 
+def scale(name: str, grid: tuple[int, int], start: int) -> pictures.Scale:
+    return pictures.Scale(name, grid, start, start, torch.empty(0), None)
+
+
 def test_attention_distance_of_known_maps():
-    scale = pictures.Scale("patches", (2, 2), 0, 1)
-    where, points = pictures.centres([scale], (8, 8))
+    patches = scale("patches", (2, 2), 1)
+    where, points = pictures.centres([patches], (8, 8))
     assert where.tolist() == [1, 2, 3, 4] and points.tolist() == [[2, 2], [2, 6], [6, 2], [6, 6]]
     to_itself = torch.eye(5)
     to_the_side = torch.eye(5)[[0, 2, 1, 4, 3]]  # the patch left or right, 4 pixels away
@@ -93,29 +106,22 @@ def test_attention_distance_of_known_maps():
     assert found.tolist() == pytest.approx([0, 4, diagonal, diagonal])  # the class token's share doesn't count
 
 
-def test_scales_cover_every_token_and_stand_where_the_model_has_them():
-    own = {"ViT-Ti_16": {"patch_size": 8}, "DEMS-Ti": {"merge_num": (8, 4), "merge_layer": (1, 2)}, "MViT-Ti": {}}
-    for kind, sizes in own.items():
-        model = create_model(kind, image_size=32, num_classes=3, **SIZES, **sizes)
-        scales, cls = pictures.scales_of(model.eval())
-        n = model.attention_maps(torch.zeros(1, 3, 32, 32)).shape[-1]
-        owned = [i for scale in scales for i in range(scale.start, scale.end)]
-        classes = set(range(n)) - set(owned)
-        assert len(owned) == len(set(owned)) and cls in classes and max(owned) < n
-        assert len(classes) == (2 if kind == "MViT-Ti" else 1)
-        assert len(pictures.positions(model)) == len(scales)
-        for scale, table in zip(scales, pictures.positions(model), strict=True):
-            assert len(table) == scale.grid[0] * scale.grid[1] == scale.end - scale.start
-    assert cls == scales[-1].first == 65 and pictures.finest(scales).grid == (16, 16)
+@pytest.mark.parametrize("kind, token, grids", [("ViT-Ti_16", 0, [(2, 2)]), ("MViT-Ti", 65, [(8, 8), (16, 16)])])
+def test_layout_is_the_models(kind, token, grids):
+    model = create_model(kind, image_size=32, num_classes=3, **SIZES)
+    layout = pictures.Layout.of(model)
+    assert layout.class_token == token and [scale.grid for scale in layout.scales] == grids
+    assert layout.finest.grid == grids[-1] == model.grid
+    assert layout.scales[-1].end == model.attention_maps(torch.zeros(1, 3, 32, 32)).shape[-1]
 
 
 def test_all_scales_spread_coarse_patches_over_their_area():
-    scales = [pictures.Scale("coarse", (1, 2), 1, 1), pictures.Scale("fine", (2, 4), 3, 3)]
+    layout = pictures.Layout([scale("fine", (2, 4), 3), scale("coarse", (1, 2), 1)], class_token=0)
     received = torch.zeros(1, 11)
     received[0, 1], received[0, 3] = 0.5, 0.5  # the coarse patch on the left, the fine one top left
     expected = torch.tensor([[0.625, 0.125, 0, 0], [0.125, 0.125, 0, 0]]) * 8
-    assert torch.allclose(pictures.all_scales(received, scales)[0], expected)
-    assert pictures.on_grid(received, scales[0]).tolist() == [[[2.0, 0.0]]]
+    assert torch.allclose(pictures.all_scales(received, layout)[0], expected)
+    assert pictures.on_grid(received, layout.scales[1]).tolist() == [[[2.0, 0.0]]]
 
 
 def test_similarity_is_the_cosine():
@@ -123,40 +129,6 @@ def test_similarity_is_the_cosine():
     half = math.sqrt(0.5)
     expected = [[1, 1, 0, -half], [1, 1, 0, -half], [0, 0, 1, half], [-half, -half, half, 1]]
     assert torch.allclose(pictures.similarity(table), torch.tensor(expected))
-
-
-def test_kernels_shown_are_of_what_comes_first():
-    hybrid = dict(patch_size=16, stem_depths=(1, 1, 1), stem_width=32)
-    dems = dict(merge_num=(8, 4), merge_layer=(1, 2))
-    for kind, sizes, expected in (
-        ("ViT-Ti_16", dict(patch_size=8), {"patch embedding": 8}),
-        ("ViT-Ti_16", dict(patch_size=8, conv_stem=True), {"patch embedding, first convolution": 3}),
-        ("R50-ViT-B_16", hybrid, {"patch embedding, first convolution": 7}),
-        ("DEMS-Ti", dems, {f"{side} px patches": side for side in (2, 4, 8, 16)}),
-        (
-            "DEMS-Ti",
-            dems | dict(conv_stem=True),
-            {
-                "2 px patches, first convolution": 3,
-                "4 px patches, first convolution": 3,
-                "8 px patches": 8,
-                "16 px patches": 16,
-            },
-        ),
-    ):
-        model = create_model(kind, image_size=32, num_classes=3, **SIZES, **sizes).eval()
-        found = pictures.patch_kernels(model, pictures.scales_of(model)[0])
-        assert {name: kernel.shape[-1] for name, kernel in found} == expected
-
-
-def test_kernel_of_dems_equals_its_three_convolutions():
-    module = create_model(
-        "DEMS-Ti", image_size=32, num_classes=3, **SIZES, merge_num=(8, 4), merge_layer=(1, 2)
-    ).patch_embed_8
-    kernel, image = pictures.kernel_of(module.proj), torch.randn(2, 3, 32, 32)
-    assert kernel.shape == (32, 3, 16, 16)
-    once = F.conv2d(image, kernel, module.proj[-1].bias, stride=16)
-    assert torch.allclose(once, module.proj(image), atol=1e-5)
 
 
 def test_principal_components_and_what_gray_images_see():
@@ -175,13 +147,11 @@ def test_principal_components_and_what_gray_images_see():
 def test_most_confident_mistakes():
     logits = torch.tensor([[4.0, 0], [0, 1], [2, 0], [0, 9], [3, 0], [1, 0]])
     labels = torch.tensor([1, 0, 0, 0, 0, 1])  # the third and fifth are right
-
-    def model(images):
-        return logits[images[:, 0, 0, 0].long()]
+    run = Namespace(probabilities=lambda images: logits[images[:, 0, 0, 0].long()].softmax(dim=1))
 
     images = torch.arange(6.0)[:, None, None, None].expand(-1, 3, 2, 2)
     batches = list(zip(images.split(4), labels.split(4), strict=True))
-    found = pictures.most_confident_mistakes(model, batches, torch.device("cpu"), "fp32", limit=3)
+    found = pictures.most_confident_mistakes(run, batches, limit=3)
     assert found["images"][:, 0, 0, 0].tolist() == [3, 0, 1]
     assert found["true"].tolist() == [0, 1, 0] and found["predicted"].tolist() == [1, 0, 1]
     assert found["probability"].tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (9, 4, 1)])
@@ -190,7 +160,7 @@ def test_most_confident_mistakes():
 
 def test_small_helpers():
     assert pictures.first_of_each(torch.tensor([2, 2, 0, 1, 0]), limit=2).tolist() == [0, 2]
-    canvas = tile(torch.ones(3, 2, 2).numpy(), columns=2, gap=1, fill=0)
+    canvas = vis_utils.tile(torch.ones(3, 2, 2).numpy(), columns=2, gap=1, fill=0)
     assert canvas.tolist() == [[1, 1, 0, 1, 1]] * 2 + [[0] * 5] + [[1, 1, 0, 0, 0]] * 2
     pixels = torch.rand(2, 3, 4, 4)
     mean, std = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]
@@ -201,28 +171,86 @@ def test_small_helpers():
 # ---------------------------------------------------------------- eval.py --plot
 
 
-@pytest.mark.parametrize("kind", ["ViT", "bf16", "Rescale", "DEMS", "MViT"])
-def test_every_picture_of_every_model(trained, folder, capsys, kind):
-    path = trained(kind)
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("ViT", "attention position patches errors"),
+        ("DEMS", "attention position patches"),
+        ("MViT", "attention position patches"),
+    ],
+)
+def test_pictures_of_every_model(kind, words, trained, folder, photos, capsys):
+    """Attention of ten test images for the first, of a chosen one, which is faster, for the others."""
+    path, words, shown = trained(kind), words.split(), {}
     capsys.readouterr()
-    run_eval(path, "--plot", "attention", "position", "patches", "errors", "--json")
-    shown = json.loads(capsys.readouterr().out)
-    assert sorted(shown) == KINDS
+    for part in [words] if kind == "ViT" else [["attention", "--images", photos[0]], words[1:]]:
+        run_eval(path, "--plot", *part, "--json")
+        shown |= json.loads(capsys.readouterr().out)
+    assert sorted(shown) == sorted(ATTENTION + words[1:])
     for each in shown.values():
         assert Path(each).parent == path.parent
         with Image.open(each) as image:
             assert image.format == "PNG" and min(image.size) > 400 and max(image.size) < 3000
     name = path.name.removesuffix("_checkpoint.bin")
     board = EventAccumulator(str(folder / "logs" / name)).Reload()
-    assert {f"pictures/{kind}" for kind in KINDS} <= set(board.Tags()["images"])
+    assert {f"pictures/{kind}" for kind in shown} <= set(board.Tags()["images"])
 
 
-def test_chosen_images_and_blocks(trained, tmp_path, capsys):
-    write_folder(tmp_path, sizes=[(50, 40), (28, 28)], per_class=2, splits=["photos"], classes=["a"])
-    files = sorted((tmp_path / "photos" / "a").iterdir())
-    path = trained("ViT")
-    run_eval(path, "--plot", "attention", "--images", *files, "--blocks", 1, "--output_dir", tmp_path / "new")
-    assert len(capsys.readouterr().out.split()) == len(list((tmp_path / "new").iterdir())) == 4
+@pytest.fixture
+def drawn(monkeypatch) -> list[tuple]:
+    """What is drawn, in the place of drawing it, which takes long: name of the function, and its arguments."""
+    drawn = []
+    for name in ("plot_heads", "plot_overlays", "plot_distances", "plot_mistakes"):
+
+        def plot(*values, name=name):
+            drawn.append((name, *values))
+            return vis_utils.new_figure(1, 1, "")
+
+        monkeypatch.setattr(vis_utils, name, plot)
+    return drawn
+
+
+@pytest.mark.parametrize("kind", ["bf16", "BN", "Rescale"])
+def test_numbers_drawn_of_other_runs(kind, trained, drawn, tmp_path):
+    """First test images, one of each class; whatever the precision, in float32."""
+    run_eval(trained(kind), "--plot", "attention", "errors", "--output_dir", tmp_path)
+    (_, heads, *_), (_, images, names, rows, _), (_, _, _, later, _), (_, distances, *_), (_, wrong, *_) = drawn
+    assert heads.shape == (2, 2, 17, 17) and distances.shape == (2, 2) and wrong.shape == (25, 3, 28, 28)
+    assert images.shape == (8, 3, 28, 28) and names[0].startswith("Ankle boot\n→ ")
+    for maps in (maps for _, maps in rows + later):
+        assert maps.shape == (8, 4, 4) and torch.allclose(maps.mean(dim=(1, 2)), torch.ones(8), atol=1e-4)
+    for values in (heads, images, distances, wrong):
+        assert values.dtype == torch.float32 and values.isfinite().all() and values.min() >= 0
+    assert torch.allclose(heads.sum(dim=-1), torch.ones(2, 2, 17), atol=1e-2 if kind == "bf16" else 1e-5)
+
+
+def test_chosen_images_and_blocks(trained, photos, drawn, tmp_path, capsys):
+    state = torch.load(trained("ViT"), weights_only=True)
+    state["args"]["log_dir"] = str(tmp_path / "elsewhere")
+    torch.save(state, tmp_path / "run_checkpoint.bin")
+    words = ["--images", *photos, "--blocks", 1, "--output_dir", tmp_path / "new"]
+    capsys.readouterr()
+    run_eval(tmp_path / "run_checkpoint.bin", "--plot", "attention", *words)
+    paths = [str(tmp_path / "new" / f"run_{kind}.png") for kind in ATTENTION]
+    assert sorted(capsys.readouterr().out.split()) == sorted(map(str, (tmp_path / "new").iterdir())) == paths
+    (_, heads, blocks, *_), *overlays, _ = drawn
+    assert len(heads) == 1 and blocks == [1] and len(overlays) == 2
+    for _, images, names, *_ in overlays:
+        assert images.shape == (2, 3, 28, 28) and [name.split("\n")[0] for name in names] == ["000.png", "001.png"]
+
+
+def test_no_mistakes_no_picture(trained, tmp_path, capsys, monkeypatch):
+    right = dict(wrong=0, seen=2000)
+    monkeypatch.setattr(pictures, "most_confident_mistakes", lambda *args: right)
+    run_eval(trained("ViT"), "--plot", "errors", "--output_dir", tmp_path)
+    assert "No mistakes in 2000 images" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_models_without_a_layout(tmp_path):
+    run = Namespace(model=torch.nn.Linear(3, 2), name="own", step=1)
+    for kind in ("attention", "position", "patches"):
+        with pytest.raises(UserError, match=r"--plot: Linear has no token_layout\(\), so only errors can be drawn"):
+            pictures.draw_all(run, [kind], tmp_path)
 
 
 def test_no_tensorboard_folder_is_made(trained, tmp_path, capsys):
@@ -233,22 +261,31 @@ def test_no_tensorboard_folder_is_made(trained, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"copy_checkpoint.bin", "copy_patches.png"}
 
 
-def test_mistakes_are_answered_in_one_line(trained, tmp_path):
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        ("--plot errors --images a.png", "--images goes with --plot attention alone; draw errors without --images"),
+        ("--plot patches --blocks 0", "--blocks chooses what --plot attention shows, which is missing"),
+        (f"--plot attention --images {' a.png' * 9}", "--plot attention has room for 8 images, not 9"),
+        ("--plot heads", "argument --plot: invalid choice: 'heads' (choose from 'attention', 'position', "),
+    ],
+)
+def test_wrong_flags_are_answered_in_one_line(words, text, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_eval("a_checkpoint.bin", *words.split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith(f"eval.py: error: {text}") and error.count("\n") == 1
+
+
+def test_mistakes_of_the_user(trained, tmp_path):
     path = trained("ViT")
     for words, text in (
-        (["--plot", "errors", "--images", "a.png"], "--images goes with --plot attention alone"),
         (["--plot", "attention", "--blocks", "2"], "--blocks 2: the model has blocks 0 to 1"),
-        (["--plot", "patches", "--blocks", "0"], "--blocks chooses what --plot attention shows"),
-        (["--plot", "attention", "--images", *["a.png"] * 9], "room for 8 images, not 9"),
-        (["--plot", "attention", "--images", str(tmp_path / "a.png")], "no such file"),
-        (["--plot", "patches", "--output_dir", str(path)], "cannot be"),
+        (["--plot", "attention", "--images", str(tmp_path / "a.png")], "(?i)a.png: .*no such file"),
+        (["--plot", "patches", "--output_dir", str(path)], "cannot be written"),
     ):
         with pytest.raises(UserError, match=text):
             run_eval(path, *words)
-    error = call("eval.py", path, "--plot", "errors", "--images", "a.png", check=2).stderr
-    assert error.count("\n") == 1 and error.startswith("eval.py: error: --images goes with")
-    error = call("eval.py", path, "--plot", "heads", check=2).stderr
-    assert error.count("\n") == 1 and "attention" in error
 
 
 # ---------------------------------------------------------------- TensorBoard of a training

@@ -1,19 +1,88 @@
 """The same result with any number of processes, on one node or several, and what happens when one of them is lost."""
 
+import contextlib
 import os
 import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, call, places, same, torchrun, weights, write_folder
-from test_train import ID, records, wait_for
+import torch
+from helpers import FORKS, ROOT, TINY, in_process, places, same, weights, write_folder
 
+from utils import dist_util
 from utils.results import read_board
+from utils.run_files import read_records
 
+ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 WORDS = ["--name", "run", *TINY, "--num_steps", 5, "--eval_every", 3, "--dropout", 0]
+
+
+# ---------------------------------------------------------------- processes with torchrun's environment, at once
+
+
+def member(rank: int, world: int, port: int, out: Path, script, *words) -> None:
+    """Become process `rank` of a `script` of the project, or of a function; for processes of FORKS."""
+    env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in env.items()} | {"MASTER_ADDR": "localhost"})
+    torch.set_num_threads(1)  # as torchrun has it
+    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    if callable(script):
+        script(*words)
+    sys.argv = [script, *words]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+class World:
+    """Processes of a script, or of a function, each of which writes what it says into a file of `folder`."""
+
+    def __init__(self, processes: int, folder: Path, script, *words):
+        port, words = free_port(), [str(word) for word in words]
+        self.outs = [folder / f"out_{rank}" for rank in range(processes)]
+        args = [(rank, processes, port, self.outs[rank], script, *words) for rank in range(processes)]
+        self.processes = [FORKS.Process(target=member, args=each) for each in args]
+        for process in self.processes:
+            process.start()
+
+    def end(self, *status: int, seconds: float = 120) -> list[str]:
+        """What each has said, once they have ended with a status each."""
+        limit = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, limit - time.monotonic()))
+        ended = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()  # what is stuck
+        outs = [out.read_text() for out in self.outs]
+        assert ended == list(status), (ended, outs)
+        return outs
+
+
+def train(processes: int, folder: Path, *words) -> list[str]:
+    """What each process of a run has said, which ends well; its files are in `folder`."""
+    folder.mkdir(exist_ok=True)
+    return World(processes, folder, "train.py", *words, *places(folder)).end(*processes * [0])
+
+
+def wait_for(condition, running) -> None:
+    """Until a condition holds, while `running()` does."""
+    limit = time.monotonic() + 120
+    while not condition():
+        assert running() and time.monotonic() < limit
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +100,12 @@ def one(photos, tmp_path_factory):
     """The flags, and a run with them of one process."""
     words = [*WORDS, "--dataset", "imagefolder", "--data_dir", photos, "--train_batch_size", 8]
     folder = tmp_path_factory.mktemp("one")
-    call("train.py", *words, *places(folder))
+    assert in_process("train.py", *words, *places(folder)).returncode == 0
     return words, folder
+
+
+def records(folder: Path) -> list[dict]:
+    return read_records(folder / "output" / f"{ID}.jsonl")[0]
 
 
 def losses(folder: Path) -> list[float]:
@@ -52,144 +125,156 @@ def assert_same_result(folder: Path, one: Path) -> None:
 
 def test_four_accumulation_steps(one, tmp_path):
     words, folder = one
-    call("train.py", *words, "--gradient_accumulation_steps", 4, *places(tmp_path))
+    done = in_process("train.py", *words, "--gradient_accumulation_steps", 4, *places(tmp_path))
+    assert done.returncode == 0, done.stderr
     assert_same_result(tmp_path, folder)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_give_the_losses_of_one_and_count_each_image_once(one, tmp_path, processes):
     words, folder = one
-    torchrun(processes, *words, *places(tmp_path))
+    first, *others = train(processes, tmp_path, *words)
+    assert "End Training!" in first and not any(others)
+    assert records(tmp_path)[0]["processes"] == processes
     assert_same_result(tmp_path, folder)
-    if processes == 2:
-        assert "is finished" in torchrun(processes, *words, *places(tmp_path)).stdout
+    first, *others = train(processes, tmp_path, *words)
+    assert first.startswith(f"{ID} is finished: ") and not any(others)
 
 
-def test_validation_counts_each_image_once(one):
+def test_validation_counts_each_image_once(one, tmp_path):
     words, folder = one
-    path = folder / "output" / f"{ID}_checkpoint.bin"
-    out = torchrun(2, *words, "-v", "--load_model_dir", path).stdout
-    assert re.search(r"Valid Accuracy: \d\.\d+ \(\d/7\)", out), out
-    assert out.splitlines()[-1] == call("train.py", *words, "-v", "--load_model_dir", path).stdout.splitlines()[-1]
-
-
-def launch(*words, options=(), **kwargs) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += [*map(str, options), str(ROOT / "train.py"), *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
-
-
-def workers(agent: subprocess.Popen) -> list[int]:
-    """Process ids of torchrun's children."""
-    return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
-
-
-def rank(pid: int) -> str:
-    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((word[5:].decode() for word in environment if word.startswith(b"RANK=")), "")
-
-
-def kill_rank(agent: subprocess.Popen, wanted: str) -> None:
-    os.kill(next(pid for pid in workers(agent) if rank(pid) == wanted), signal.SIGKILL)
-
-
-def test_lost_process_ends_all_or_all_start_anew(tmp_path):
-    local = ("--rdzv-endpoint", "localhost:0")
-    words = ["--name", "run", *TINY, "--num_steps", 150, "--eval_every", 50, "--save_every", 5]
-    torchrun(2, *words, *places(tmp_path / "whole"))
-    again = [*words, *places(tmp_path / "killed")]
-    log = tmp_path / "killed" / "output" / f"{ID}.txt"
-
-    agent = launch(*again, options=local)
-    wait_for(log.with_name(f"{ID}_last.bin").exists, agent)
-    kill_rank(agent, "0")
-    out = agent.communicate(timeout=120)[0]
-    assert agent.returncode == 1 and not workers_left(again), out
-
-    agent = launch(*again, options=[*local, "--max-restarts", 1])
-    wait_for(lambda: "Resuming" in log.read_text(), agent)
-    kill_rank(agent, "1")
-    out = agent.communicate(timeout=240)[0]
-    assert agent.returncode == 0 and out.count("Resuming") == 2 and "End Training" in log.read_text(), out
-    for name in (f"{ID}_last.bin", f"{ID}_checkpoint.bin"):
-        assert same(weights(log.with_name(name)), weights(tmp_path / "whole" / "output" / name))
-    assert [r.get("accuracy") for r in records(tmp_path / "killed")] == [
-        r.get("accuracy") for r in records(tmp_path / "whole")
-    ]
-
-
-def workers_left(words: list) -> list[str]:
-    """Command lines of processes that still work on a run."""
-    folder = str(words[-1])
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += [text] if folder in (text := path.read_text()) else []
-        except OSError:  # it has ended
-            continue
-    return found
+    words = [*words, "-v", "--load_model_dir", folder / "output" / f"{ID}_checkpoint.bin"]
+    first, other = train(2, tmp_path, *words)
+    assert re.search(r"Valid Accuracy: \d\.\d+ \(\d/7\)", first) and not other
+    assert first.splitlines()[-1] == in_process("train.py", *words).stdout.splitlines()[-1]
+    assert not (tmp_path / "output").exists()
 
 
 def test_mistake_that_one_process_meets_is_told(tmp_path):
-    write_folder(tmp_path / "data", per_class=1, classes=("cat", "dog"), splits=("train", "test"))
+    write_folder(tmp_path / "data", per_class=1)
     broken = tmp_path / "data" / "train" / "dog" / "000.png"
     broken.write_bytes(broken.read_bytes()[:-200])
-    words = ["--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--memory_limit", 0, "--num_workers", 0]
-    for seed in (1, 2, 3, 4):  # so that either process has met it
-        words_of_seed = [*WORDS, *words, "--train_batch_size", 2, "--seed", seed, *places(tmp_path / str(seed))]
-        agent = launch(*words_of_seed, options=("--rdzv-endpoint", "localhost:0"))
-        out = agent.communicate(timeout=120)[0]
-        assert agent.returncode == 1 and f"{broken}: not a readable image" in out, out
+    words = [*WORDS, "--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--memory_limit", 0]
+    words += ["--num_workers", 0, "--train_batch_size", 2, *places(tmp_path)]
+    told = set()
+    for seed in range(1, 9):  # until either process has met it
+        outs = World(2, tmp_path, "train.py", *words, "--seed", seed).end(2, 2)
+        found = [rank for rank, out in enumerate(outs) if f"{broken}: not a readable image" in out]
+        assert len(found) == 1 and outs[found[0]].splitlines()[-1].startswith("train.py: error: "), outs
+        assert not any("Traceback" in out for out in outs), outs
+        told.update(found)
+        if told == {0, 1}:
+            return
+    raise AssertionError(f"only process {told} has met it")
 
 
 def test_locked_run_refuses_all_processes(tmp_path):
-    words = [*WORDS, "--num_steps", 5000, *places(tmp_path)]
-    first = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, words)], cwd=ROOT)
-    wait_for((tmp_path / "output" / f"{ID}_last.bin").exists, first)
-    agent = launch(*words, "--overwrite", options=["--rdzv-endpoint", "localhost:0"])
-    out = agent.communicate(timeout=120)[0]
-    assert agent.returncode == 1 and out.count("is running already") == 1, out
-    assert set(re.findall(r"exitcode  : (-?\d+)", out)) <= {"2", "-15"} and 'train.py", line' not in out, out
-    assert first.poll() is None
-    first.terminate()
-    assert first.wait(60) == 143
+    words = [*WORDS, "--num_steps", 5000, "--save_every", 1, *places(tmp_path)]
+    first = World(1, tmp_path, "train.py", *words)
+    wait_for((tmp_path / "output" / f"{ID}_last.bin").exists, first.processes[0].is_alive)
+    (tmp_path / "others").mkdir()
+    holder, other = World(2, tmp_path / "others", "train.py", *words, "--overwrite").end(2, 2)
+    assert holder.count("\n") == 1 and f"is running already ({socket.gethostname()}, process " in holder
+    assert not other and first.processes[0].is_alive()
+    first.processes[0].terminate()
+    (said,) = first.end(143)
+    assert "Signal 15" in said
 
 
-STUCK = """
-import sys, time
-from datetime import timedelta
-sys.path.insert(0, {root!r})
-from utils import dist_util
-processes = dist_util.start("cpu", timeout=timedelta(seconds=2))
-assert dist_util.largest(processes.rank) == 1
-with dist_util.first_on_each_node(processes):
-    if processes.main:
-        time.sleep(4)  # longer than an exchange may take
-if not processes.main:
-    time.sleep(600)
-try:
-    dist_util.largest(0)
-except RuntimeError as error:
-    assert dist_util.is_lost(error), error
-    print("the other is stuck", flush=True)
-    sys.exit(7)
-"""
+def stuck() -> None:
+    processes = dist_util.start("cpu", timeout=timedelta(seconds=2))
+    assert dist_util.largest(processes.rank) == [1]
+    with dist_util.first_on_each_node(processes):
+        if processes.main:
+            time.sleep(3)  # longer than an exchange may take
+    if not processes.main:
+        time.sleep(600)
+    try:
+        dist_util.largest(0)
+    except RuntimeError as error:
+        print(dist_util.explain(error), flush=True)
+        os._exit(7)
 
 
 def test_stuck_process_is_not_waited_for_but_the_first_is(tmp_path):
-    (tmp_path / "stuck.py").write_text(STUCK.format(root=str(ROOT)))
+    world = World(2, tmp_path, stuck)
+    world.processes[0].join(60)
+    assert world.processes[0].exitcode == 7 and world.processes[1].is_alive(), world.outs[0].read_text()
+    assert world.outs[0].read_text().startswith("another process is gone or stuck; the same command goes on")
+    world.processes[1].kill()
+
+
+LONG = ["--name", "run", *TINY, "--num_steps", 120, "--eval_every", 60, "--save_every", 5]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(2, folder, *LONG)
+    return folder
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    for name in (f"{ID}_last.bin", f"{ID}_checkpoint.bin"):
+        assert same(weights(folder / "output" / name), weights(whole / "output" / name))
+    ours, theirs = ([r.get("accuracy") for r in records(part)] for part in (folder, whole))
+    assert ours == theirs and records(folder)[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_others_end_when_one_is_lost_and_the_same_command_goes_on(whole, tmp_path, lost):
+    world = World(2, tmp_path, "train.py", *LONG, *places(tmp_path))
+    wait_for((tmp_path / "output" / f"{ID}_last.bin").exists, world.processes[1 - lost].is_alive)
+    world.processes[lost].kill()
+    outs = world.end(*((-9, 2) if lost == 0 else (2, -9)))
+    # the first process speaks for all
+    assert ("train.py: error: another process is gone or stuck; the same" in outs[0]) == (lost == 1), outs
+    assert "Traceback" not in "".join(outs) and records(tmp_path)[-1]["event"] != "end"
+    assert "Resuming" in train(2, tmp_path, *LONG)[0]
+    assert_same_end(tmp_path, whole)
+
+
+# ---------------------------------------------------------------- torchrun
+
+
+def launch(*words, options=()) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(tmp_path / "stuck.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "the other is stuck" in done.stdout, (done.stdout, done.stderr)
+    command += [*map(str, options), str(ROOT / "train.py"), *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def free_port() -> int:
-    import socket
+def workers(agent: subprocess.Popen) -> dict[str, int]:
+    """Process ids of torchrun's children, by rank."""
+    found = {}
+    for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has ended
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {word[5:].decode(): int(pid) for word in words if word.startswith(b"RANK=")}
+    return found
 
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+
+def workers_left(folder: Path) -> list[str]:
+    """Command lines of processes that still work on a run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            found += [text] if str(folder) in (text := path.read_text()) else []
+    return found
+
+
+def test_torchrun_starts_all_anew_or_ends_all(whole, tmp_path):
+    """After the first loss it may restart them, after the second no more; in between they go on from the last save."""
+    log, words = tmp_path / "output" / f"{ID}.txt", [*LONG, *places(tmp_path)]
+    agent = launch(*words, options=["--rdzv-endpoint", "localhost:0", "--max-restarts", 1])
+    wait_for(log.with_name(f"{ID}_last.bin").exists, lambda: agent.poll() is None)
+    os.kill(workers(agent)["1"], signal.SIGKILL)
+    wait_for(lambda: "Resuming" in log.read_text(), lambda: agent.poll() is None)
+    os.kill(workers(agent)["0"], signal.SIGKILL)
+    out = agent.communicate(timeout=120)[0]
+    assert agent.returncode == 1 and out.count("Resuming") == 1 and not workers_left(tmp_path), out
+    assert "Resuming" in train(2, tmp_path, *LONG)[0]
+    assert_same_end(tmp_path, whole)
 
 
 def test_two_nodes_through_torchruns_rendezvous(one, tmp_path):
@@ -201,13 +286,3 @@ def test_two_nodes_through_torchruns_rendezvous(one, tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], outs
     assert sum(out.count("Best Accuracy") for out in outs) == 1
     assert_same_result(tmp_path, folder)
-
-
-@pytest.mark.slow
-def test_sync_bn_on_cpu_is_refused(one, tmp_path):
-    words, _ = one
-    agent = launch(
-        *words, "--norm_type", "BN", "--sync_bn", *places(tmp_path), options=["--rdzv-endpoint", "localhost:0"]
-    )
-    out = agent.communicate(timeout=120)[0]
-    assert agent.returncode == 1 and out.count("--sync_bn needs CUDA, this is cpu") == 1, out

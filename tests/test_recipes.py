@@ -1,13 +1,12 @@
 """Every recipe says what its source published, and runs."""
 
-import json
-
 import pytest
-from helpers import ROOT, SIZES, places, write_cifar10, write_cifar100, write_google_npz
+from helpers import ROOT, SIZES, accept_any_cifar, places, write_cifar10, write_cifar100, write_google_npz
 
 import train
-from models import MODELS, NORM_TYPES, create_model, model_sizes
+from models import MODELS, NORM_TYPES, create_model
 from utils import options
+from utils.run_files import RunFiles, run_id
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.args"))
 
@@ -126,19 +125,16 @@ PUBLISHED = {
 
 
 def parse(recipe: str, *more):
-    return options.parse_train_args(
-        [f"@{ROOT / 'recipes' / recipe}.args", *map(str, more)], MODELS, NORM_TYPES, model_sizes
-    )
-
-
-@pytest.fixture(autouse=True)
-def weights_in_place(monkeypatch):
-    """The recipes name weight files that a user downloads or trains first."""
-    monkeypatch.setattr(options.os.path, "isfile", lambda path: True)
+    words = [f"@{ROOT / 'recipes' / recipe}.args", *map(str, more)]
+    with pytest.MonkeyPatch.context() as patch:  # recipes name weight files that a user downloads or trains first
+        patch.setattr("os.path.isfile", lambda path: True)
+        return options.parse_train_args(MODELS, NORM_TYPES, words)
 
 
 def test_every_recipe_is_checked_against_its_source():
-    assert RECIPES == sorted([*PUBLISHED, "demo", "fast_vit_fashionmnist", "fast_dems_fashionmnist"])
+    own = ["demo", "fast_vit_fashionmnist", "fast_dems_fashionmnist"]
+    assert RECIPES == sorted([*PUBLISHED, *own])
+    assert [parse(recipe).dataset for recipe in own] == ["fashionmnist-mini", "fashionmnist", "fashionmnist"]
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
@@ -152,64 +148,51 @@ def test_settings_are_the_published_ones(recipe):
     assert text.startswith("# ") and "Published" in text and "Cost: " in text
 
 
+SMALLER = dict(num_steps=2, warmup_steps=0) | SIZES  # and what follows from these
+CHANGED = {*SMALLER, "epochs", "warmup_epochs", "train_batch_size", "learning_rate", "pretrained_dir"}
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Small CIFAR sets and small Google weights."""
-    folder = tmp_path_factory.mktemp("recipes")
+def trained(tmp_path_factory):
+    """`trained(recipe)` -> files of a run of two steps, on small CIFAR sets and from small weights."""
+    folder, made = tmp_path_factory.mktemp("recipes"), {}
     write_cifar10(folder, per_file=16)
-    write_cifar100(folder, n=100)
+    write_cifar100(folder, n=16)
     for patch, grid in ((16, 2), (32, 7)):
         write_google_npz(folder / f"{patch}.npz", **SIZES, patch=patch, grid=grid, classes=21)
-    return folder
+
+    def get(recipe: str) -> RunFiles:
+        if recipe in made:
+            return made[recipe]
+        published = parse(recipe)
+        batch = published.gradient_accumulation_steps * (2 if published.mixup else 1)
+        words = [word for name, value in SMALLER.items() for word in (f"--{name}", value)]
+        words += ["--train_batch_size", max(8, batch), "--data_dir", folder]
+        if published.model_type.startswith("DEMS"):
+            words += ["--merge_layer", 1, 2, "--merge_num", 16, 8]
+        if published.pretrained_dir and published.pretrained_dir.endswith(".npz"):
+            words += ["--pretrained_dir", folder / f"{published.model_type.split('_')[1]}.npz"]
+        elif published.pretrained_dir:  # the checkpoint of the recipe that goes before
+            before = recipe.removesuffix("_finetune")
+            assert published.pretrained_dir == f"output/{run_id(parse(before))}_checkpoint.bin"
+            words += ["--pretrained_dir", get(before).best]
+        args = parse(recipe, *words, *places(folder))
+        assert train.main(args) == 0
+        made[recipe] = RunFiles(args.output_dir, args.log_dir, run_id(args))
+        return made[recipe]
+
+    with pytest.MonkeyPatch.context() as patch:
+        accept_any_cifar(patch)
+        yield get
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
-def test_three_steps(recipe, folder, tmp_path):
-    accumulation = parse(recipe).gradient_accumulation_steps
-    words = [
-        "--num_steps",
-        3,
-        "--warmup_steps",
-        0,
-        "--train_batch_size",
-        max(8, 2 * accumulation),
-        "--data_dir",
-        folder,
-    ]
-    words += [word for name, value in SIZES.items() for word in (f"--{name}", value)]
-    model_type = parse(recipe).model_type
-    if "DEMS" in recipe.upper():
-        words += ["--merge_layer", 1, 2, "--merge_num", 16, 8]
-    if recipe.startswith(("vit_b32", "vit_l32", "rescalevit")):
-        words += ["--pretrained_dir", folder / "32.npz"] if parse(recipe).pretrained_dir else []
-    elif recipe == "keras_cifar100_finetune":
-        words += ["--pretrained_dir", folder / "16.npz"]
-    elif recipe.endswith("finetune"):  # the checkpoint of the recipe that goes before
-        before = recipe.removesuffix("_finetune")
-        assert train.main(parse(before, *words, *places(tmp_path))) == 0
-        checkpoint = options.run_id(parse(before)) + "_checkpoint.bin"
-        assert str(parse(recipe).pretrained_dir) == f"output/{checkpoint}"
-        words += ["--pretrained_dir", tmp_path / "output" / checkpoint]
-    args = parse(recipe, *words, *places(tmp_path))
-    assert train.main(args) == 0
-    lines = (tmp_path / "output" / f"{options.run_id(args)}.jsonl").read_text().splitlines()
-    start, end = json.loads(lines[0]), json.loads(lines[-1])
-    assert end["event"] == "end" and end["step"] == 3
-    assert start["model"]["model_type"] == model_type
-    changed = {
-        "num_steps",
-        "warmup_steps",
-        "train_batch_size",
-        "dim",
-        "depth",
-        "heads",
-        "mlp_dim",
-        "epochs",
-        "warmup_epochs",
-        "learning_rate",
-    }
+def test_two_steps(recipe, trained):
+    files = trained(recipe)
+    start, end = files.record("start"), files.record("end")
+    assert end["step"] == 2 and start["model"]["model_type"] == parse(recipe).model_type
     for name, value in PUBLISHED[recipe].items():
-        if name not in changed | {"pretrained_dir"}:
+        if name not in CHANGED:
             assert start["settings"][name] == value, name
 
 

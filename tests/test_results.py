@@ -1,4 +1,4 @@
-"""The kept logs of benchmarks/results are those of the commands that README gives."""
+"""The kept logs of benchmarks/results are those of their commands, and the tables are made of them."""
 
 import json
 import sys
@@ -6,8 +6,9 @@ import sys
 import pytest
 from helpers import ROOT
 
-from models import MODELS, NORM_TYPES, model_sizes
+from models import MODELS, NORM_TYPES
 from utils import options
+from utils.run_files import settings
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import results  # noqa: E402
@@ -19,9 +20,9 @@ CELLS = [(group, row, seed) for group, rows in results.GROUPS.items() for row in
 def test_every_row_is_a_finished_run_of_its_command(monkeypatch, group, row, seed):
     monkeypatch.chdir(ROOT)
     start, *_, end = results.records(results.find(group, row, seed))
-    args = options.parse_train_args(results.command(group, row, seed)[1:], MODELS, NORM_TYPES, model_sizes)
+    args = options.parse_train_args(MODELS, NORM_TYPES, results.command(group, row, seed)[1:])
     assert end["event"] == "end" and end["step"] == args.num_steps == start["settings"]["num_steps"]
-    known = {name: value for name, value in options.settings(args).items() if value is not None}
+    known = {name: value for name, value in settings(args).items() if value is not None}
     apart = {"data_dir", "epochs"}  # where the data lay; filled in when it is loaded
     recorded = json.loads(json.dumps(known))
     assert {name for name in recorded if name not in apart and start["settings"].get(name) != recorded[name]} == set()
@@ -31,8 +32,8 @@ def test_every_row_is_a_finished_run_of_its_command(monkeypatch, group, row, see
 def test_tables_are_made_of_the_logs(capsys):
     for group in results.GROUPS:
         results.table(group)
-    shown = capsys.readouterr().out
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in shown.splitlines():
-        if line.startswith("|"):
-            assert line in readme
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == sum(2 + len(rows) for rows in results.GROUPS.values())
+    files = [path for path in (ROOT / "README.md", ROOT / "docs" / "results.md") if path.is_file()]
+    shown = {line for path in files for line in path.read_text(encoding="utf-8").splitlines()}
+    assert [line for line in lines if line not in shown] == []

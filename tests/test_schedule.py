@@ -1,12 +1,14 @@
 """Schedules and batch order: pure functions of the step."""
 
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 
-from utils.data_utils import batch_index, seed_of
-from utils.scheduler import learning_rate
+from utils.data_utils import batch_index
+from utils.scheduler import from_flags, learning_rate
+from utils.seeds import seed_of
 
 RUN = dict(base_lr=0.03, num_steps=1000, warmup_steps=100)
 
@@ -33,6 +35,24 @@ def test_no_warmup_and_unknown_decay():
         learning_rate(500, decay_type="step", **RUN)
 
 
+def test_epoch_wise_rates_are_those_of_the_epochs_beginning():
+    run = dict(base_lr=1.0, num_steps=100, warmup_steps=20, warmup_lr=0.1)
+    rates = [learning_rate(step, steps_per_epoch=10, **run) for step in range(1, 101)]
+    assert all(len(set(rates[i : i + 10])) == 1 for i in range(0, 100, 10))
+    assert rates[0] == pytest.approx(0.1) and rates[10] == pytest.approx(0.55) and rates[20] == pytest.approx(1.0)
+    assert rates[30] == learning_rate(30, **run)
+
+
+@pytest.mark.parametrize("decay_by", ["step", "epoch"])
+def test_flags_of_the_schedule(decay_by):
+    rates = dict(min_lr=0.001, warmup_lr=0.01)
+    words = dict(num_steps=1000, warmup_steps=100, decay_type="linear", **rates)
+    rate = from_flags(Namespace(learning_rate=0.03, epochs=20.0, decay_by=decay_by, **words))
+    per_epoch = 50 if decay_by == "epoch" else None
+    for step in (1, 50, 99, 100, 101, 555, 1000):
+        assert rate(step) == learning_rate(step, base_lr=0.03, steps_per_epoch=per_epoch, **words)
+
+
 @pytest.mark.parametrize("n, batch", [(10, 3), (10, 10), (7, 20), (100, 1)])
 def test_every_epoch_sees_every_image_once(n, batch):
     steps = -(-3 * n // batch)
@@ -42,7 +62,7 @@ def test_every_epoch_sees_every_image_once(n, batch):
         assert sorted(order[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
     if n > 3:
         assert order[:n].tolist() != order[n : 2 * n].tolist()
-        assert order[:n].tolist() != torch.cat([batch_index(s, n, n, seed=2) for s in range(1)]).tolist()
+        assert order[:n].tolist() != batch_index(0, n, n, seed=2).tolist()
 
 
 def test_seeds_differ_by_each_part_of_the_key():

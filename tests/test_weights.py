@@ -1,15 +1,17 @@
 """Reading weight files: kinds, reports, refusals. Parity with the published implementations is in test_models.py."""
 
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-from helpers import SIZES, write_google_npz
+from helpers import SIZES, Evil, write_google_npz
 
 from models import create_model
-from utils.checkpoint import load_weights, read_file, read_weights, resize_pos_embed, save
+from utils.checkpoint import kept_weights, read_file, read_last, read_own, save
 from utils.cli import UserError
+from utils.weights import load_start, load_weights, read_weights, resize_pos_embed
 
 TINY = dict(patch_size=4, **SIZES)
 
@@ -65,7 +67,7 @@ def test_safetensors(tmp_path):
     load_weights(model, tmp_path / "w.safetensors")
     assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
     (tmp_path / "bad.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    assert "not a readable .safetensors" in message(load_weights, model, tmp_path / "bad.safetensors")
+    assert "bad.safetensors: not read (Error while" in message(load_weights, model, tmp_path / "bad.safetensors")
 
 
 def test_timm_weights_give_timm_logits(tmp_path):
@@ -116,6 +118,26 @@ def test_non_square_model_loads_a_square_file(npz):
     assert model(torch.randn(1, 3, 16, 24)).shape == (1, 10)
 
 
+def test_checkpoints_of_this_project(tmp_path):
+    """Other files hold no flags; an average is what counts; a continued run needs all of its weights."""
+    state, path = tiny().state_dict(), tmp_path / "run.bin"
+    average = {f"module.{name}": value + 1 for name, value in state.items()} | {"n_averaged": torch.tensor(3)}
+    run = dict(model=state, average=average, args={"mean": [0.0]}, classes=["a"])
+    torch.save(run, path)
+    assert read_own(path)["args"] == run["args"] and read_own(None) == {}
+    assert kept_weights(run).keys() == state.keys() and kept_weights(run | {"average": None}) is state
+    model = tiny()
+    assert not load_weights(model, path).ignored
+    assert all(torch.equal(model.state_dict()[name], value + 1) for name, value in state.items())
+    for other in (state, {"model": state}, [1]):
+        torch.save(other, path)
+        assert read_own(path) == {}
+    torch.save({name: value for name, value in state.items() if not name.startswith("head.")}, path)
+    assert load_start(model, None, None, keep_head=True) == "from scratch"
+    assert f"{path}: 30 tensors loaded; re-initialised: head.weight, head" in load_start(model, str(path), None, True)
+    assert "lacks head.weight, head.bias at this size; --pretrained_dir" in message(load_start, model, None, path, True)
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -125,9 +147,24 @@ def test_files_of_other_sizes(npz):
     assert "patch_embed.proj.weight is" in message(load_weights, tiny(patch_size=8), npz)
 
 
+def test_attention_in_parts_must_be_whole(tmp_path):
+    parts = {f"blocks.0.attn.{part}.weight": torch.ones(32, 32) for part in ("query", "key", "value")}
+    for changes, expected in [
+        (
+            {"blocks.0.attn.value.weight": torch.ones(32, 16)},
+            "w.pth: query, key and value of an attention don't belong",
+        ),
+        ({"blocks.0.attn.key.weight": None}, "don't belong together (lacks 'blocks.0.attn.key.weight')"),
+    ]:
+        torch.save(
+            {name: tensor for name, tensor in (parts | changes).items() if tensor is not None}, tmp_path / "w.pth"
+        )
+        assert expected in message(read_weights, tmp_path / "w.pth")
+
+
 def test_unreadable_npz(tmp_path, npz):
     model = tiny()
-    assert "no such file" in message(load_weights, model, tmp_path / "none.npz")
+    assert "none.npz: no readable .npz of Google's (No such file" in message(load_weights, model, tmp_path / "none.npz")
     whole = npz.read_bytes()
     for name, content in {
         "truncated": whole[:2000],
@@ -160,16 +197,12 @@ def test_file_that_matches_next_to_nothing(tmp_path):
 
 @pytest.mark.parametrize("wrap", [pickle.dumps, None])
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, wrap):
-    class Evil:
-        def __reduce__(self):
-            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
-
     path = tmp_path / "evil.bin"
     if wrap:
-        path.write_bytes(wrap({"model": Evil()}))
+        path.write_bytes(wrap({"model": Evil(tmp_path / "ran")}))
     else:
-        torch.save({"model": Evil()}, path)
-    for read in (read_file, read_weights):
+        torch.save({"model": Evil(tmp_path / "ran")}, path)
+    for read in (read_file, read_own, read_weights):
         text = message(read, path)
         assert "evil.bin" in text and ("refused" in text or "not a checkpoint" in text)
     assert not (tmp_path / "ran").exists()
@@ -182,6 +215,35 @@ def test_damaged_checkpoints(tmp_path):
     for content in (b"", b"x" * 100, whole[:1000], whole[:-200]):
         path.write_bytes(content)
         assert "c.bin: not a checkpoint, or damaged" in message(read_file, path)
+
+
+def test_one_wrong_bit_of_a_weight_is_noticed(tmp_path):
+    """torch.load takes it for right."""
+    path = tmp_path / "c.bin"
+    torch.save({"model": torch.arange(1000.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith("/data/0"))
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(torch.arange(1000.0).numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes(whole)
+    assert not torch.load(path)["model"].equal(torch.arange(1000.0))
+    assert f"c.bin: damaged, the checksum of {name} is wrong" in message(read_file, path)
+
+
+def test_the_newer_whole_save_is_read(tmp_path):
+    last, previous = tmp_path / "last.bin", tmp_path / "prev.bin"
+    assert read_last(last, previous) == (None, last)
+    save(last, {"step": 1})
+    save(last, {"step": 2}, previous)
+    assert read_last(last, previous) == ({"step": 2}, last)
+    last.write_bytes(last.read_bytes()[:-100])
+    assert read_last(last, previous) == ({"step": 1}, previous)
+    last.unlink()  # as between the two renames of a save
+    assert read_last(last, previous) == ({"step": 1}, previous)
+    previous.write_bytes(b"")
+    assert f"{previous}: damaged, so the run cannot go on; --overwrite" in message(read_last, last, previous)
+    last.write_bytes(b"")
+    assert f"{last} and {previous}: damaged" in message(read_last, last, previous)
 
 
 def test_save_replaces_whole_files_only(tmp_path, monkeypatch):
