@@ -96,7 +96,7 @@ def test_operations_as_timm(name, sign, clothes, waves, monkeypatch):
 
 
 def test_posterize_to_nothing_is_black(clothes):
-    assert not randaugment.posterize(clothes, torch.zeros(len(clothes), 1, 1, 1)).any()
+    assert not randaugment.COLOUR["Posterize"](clothes, torch.zeros(len(clothes), 1, 1, 1)).any()
 
 
 def test_constant_images_stay(clothes):
@@ -270,15 +270,12 @@ def test_pad_moves_and_mirrors_each_image_within_its_own_size():
 def test_pad_as_a_loop(clothes):
     offsets = torch.randint(0, 9, (len(clothes), 2), generator=seeded())
     offsets[:2] = torch.tensor([[0, 0], [8, 8]])
-    flips = torch.rand(len(clothes), generator=seeded()) < 0.5
     lasting = clothes.contiguous(memory_format=torch.channels_last)
     for images in (clothes, clothes[:, :1], clothes[..., :9], lasting):
         h, w = images.shape[2:]
-        actual = zip(shift(images, offsets, 4), shift(images, offsets, 4, flips), strict=True)
-        for image, (top, left), flip, (plain, flipped) in zip(images, offsets.tolist(), flips, actual, strict=True):
+        for image, (top, left), actual in zip(images, offsets.tolist(), shift(images, offsets, 4), strict=True):
             expected = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)))[:, top : top + h, left : left + w]
-            assert np.array_equal(plain.numpy(), expected)
-            assert np.array_equal(flipped.numpy(), expected[..., ::-1] if flip else expected)
+            assert np.array_equal(actual.numpy(), expected)
 
 
 def test_keras_rotation(waves):

@@ -169,10 +169,10 @@ def test_a_set_of_your_own_is_a_row_of_the_table(tmp_path, monkeypatch):
     assert data.test.labels.tolist() == [0] * 6 + [2] * 6 and data.classes == ["a", "b", "c"]
     assert torch.equal(data.test.source.images[7], pixels_of(photos[7]))
     monkeypatch.setitem(DATASETS, "own", dict(read=read, part=5))
-    with pytest.raises(UserError, match=r"own in .*: train has 5 images, and labels \[0, 1\] for 3 classes"):
+    with pytest.raises(UserError, match=r"own in .*: 5 train images with labels \[0, 1\], 3 classes"):
         load_data("own", tmp_path)
     monkeypatch.setitem(DATASETS, "own", dict(read=lambda root: ({"test": (pixels[:2], [0, 3])}, ["a", "b", "c"])))
-    with pytest.raises(UserError, match=r"own in .*: test has 2 images, and labels \[0, 3\] for 3 classes"):
+    with pytest.raises(UserError, match=r"own in .*: 2 test images with labels \[0, 3\], 3 classes"):
         load_data("own", tmp_path, train=False)
 
 

@@ -109,19 +109,19 @@ def test_attention_distance_of_known_maps():
 @pytest.mark.parametrize("kind, token, grids", [("ViT-Ti_16", 0, [(2, 2)]), ("MViT-Ti", 65, [(8, 8), (16, 16)])])
 def test_layout_is_the_models(kind, token, grids):
     model = create_model(kind, image_size=32, num_classes=3, **SIZES)
-    layout = pictures.Layout.of(model)
-    assert layout.class_token == token and [scale.grid for scale in layout.scales] == grids
-    assert layout.finest.grid == grids[-1] == model.grid
-    assert layout.scales[-1].end == model.attention_maps(torch.zeros(1, 3, 32, 32)).shape[-1]
+    scales, class_token = pictures.layout_of(model)
+    assert class_token == token and [scale.grid for scale in scales] == grids
+    assert grids[-1] == model.grid
+    assert scales[-1].end == model.attention_maps(torch.zeros(1, 3, 32, 32)).shape[-1]
 
 
 def test_all_scales_spread_coarse_patches_over_their_area():
-    layout = pictures.Layout([scale("fine", (2, 4), 3), scale("coarse", (1, 2), 1)], class_token=0)
+    scales = [scale("fine", (2, 4), 3), scale("coarse", (1, 2), 1)]
     received = torch.zeros(1, 11)
     received[0, 1], received[0, 3] = 0.5, 0.5  # the coarse patch on the left, the fine one top left
     expected = torch.tensor([[0.625, 0.125, 0, 0], [0.125, 0.125, 0, 0]]) * 8
-    assert torch.allclose(pictures.all_scales(received, layout)[0], expected)
-    assert pictures.on_grid(received, layout.scales[1]).tolist() == [[[2.0, 0.0]]]
+    assert torch.allclose(pictures.all_scales(received, scales)[0], expected)
+    assert pictures.on_grid(received, scales[1]).tolist() == [[[2.0, 0.0]]]
 
 
 def test_similarity_is_the_cosine():
