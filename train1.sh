@@ -45,7 +45,7 @@ worker() { # gpu, flags: train cells that nobody has taken, until there are none
         mkdir "$state/$number" 2>/dev/null || continue # one worker alone can make it
         "$PYTHON" train.py $cell "$@" --gpu_id "$gpu" </dev/null >&3 &
         child=$! && await "$child"
-        case $status in 0) ;; 129 | 130 | 138 | 143) echo "$status" >"$state/stop" ;;
+        case $status in 0) ;; 129 | 130 | 138 | 143) [ -e "$state/stop" ] || echo "$status" >"$state/stop" ;;
             *) echo "  $cell: status $status" >>"$state/failed" ;;
         esac
     done <"$state/cells"

@@ -168,7 +168,7 @@ class MViT(nn.Module):
         sizes = image_sizes or ((height // 2, width // 2), (height, width))
         sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
         for size in sizes:
-            if size[0] % patch_size or size[1] % patch_size:
+            if 0 in size or size[0] % patch_size or size[1] % patch_size:
                 shown = size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}"
                 raise ValueError(f"image size {shown} is not divisible by patch size {patch_size}")
         if sizes != sorted(set(sizes)) or sizes[-1] != (height, width):

@@ -34,8 +34,6 @@ def start(gpu, monkeypatch, tmp_path, *words):
         data = load_data(args.dataset, args.data_dir, memory_limit=args.memory_limit).to(DEVICE)
         options.resolve_steps(args, len(data.train))
         trainer = train.Trainer(args, Processes(DEVICE), data, keep_head=False)
-        augment = train.eval_augment(args, DEVICE, trainer.precision)
-    monkeypatch.setattr(train, "eval_augment", lambda *args: augment)  # making one waits, once an evaluation
 
     def backward(loss):
         for parameter in trainer.model.parameters():

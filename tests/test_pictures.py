@@ -115,6 +115,16 @@ def test_layout_is_the_models(kind, token, grids):
     assert scales[-1].end == model.attention_maps(torch.zeros(1, 3, 32, 32)).shape[-1]
 
 
+def test_look_is_from_the_class_token_that_is_read_out():
+    torch.manual_seed(0)
+    model = create_model("MViT-Ti", image_size=32, patch_size=8, num_classes=3, **SIZES).eval()
+    images = torch.randn(2, 3, 32, 32)
+    seen, maps = pictures.look(model, images, [1]), model.attention_maps(images)
+    assert torch.allclose(seen.heads, maps[0, [1]], atol=1e-6)
+    assert torch.allclose(seen.last, maps[:, -1, :, 5].mean(dim=1), atol=1e-6)  # 4 patches and a class token before it
+    assert torch.allclose(seen.rolled, torch.stack([pictures.rollout(each)[:, 5] for each in maps]), atol=1e-6)
+
+
 def test_all_scales_spread_coarse_patches_over_their_area():
     scales = [scale("fine", (2, 4), 3), scale("coarse", (1, 2), 1)]
     received = torch.zeros(1, 11)

@@ -344,7 +344,9 @@ def test_checkpoint_cannot_name_a_class(reference, tmp_path, word, norm):
     for words in (["--json"], ["--plot", "position"]):
         error = run("eval.py", path, *words, check=2).stderr
         assert error.count("\n") == 1 and "this" not in sys.modules
-        assert error.startswith(f"eval.py: error: {path}: not a checkpoint of this train.py (") and f"no {word})" in error
+        assert (
+            error.startswith(f"eval.py: error: {path}: not a checkpoint of this train.py (") and f"no {word})" in error
+        )
     assert [file.name for file in tmp_path.iterdir()] == ["evil.bin"]
 
 
@@ -365,7 +367,8 @@ def cifar(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "sizes, shown", [(SIZES, r"0\.1M \(11\d,\d{3}\)"), pytest.param({}, r"87\.5M \(87,462,922\)", marks=pytest.mark.slow)]
+    "sizes, shown",
+    [(SIZES, r"0\.1M \(11\d,\d{3}\)"), pytest.param({}, r"87\.5M \(87,462,922\)", marks=pytest.mark.slow)],
 )
 def test_fine_tuning_from_google_weights(cifar, tmp_path, sizes, shown):
     npz = tmp_path / "imagenet21k_ViT-B_32.npz"

@@ -98,7 +98,7 @@ class Augment:
         if operations not in (None, "randaugment", "jitter"):
             raise ValueError(f"operations {operations!r} is neither 'randaugment' nor 'jitter'")
         fill = [min(255, round(255 * value)) for value in mean]  # as timm's create_transform does
-        self.fill = torch.tensor(fill, dtype=torch.uint8, device=device)
+        self.fill = torch.tensor(fill, dtype=torch.uint8).to(device, non_blocking=True)
         if reprob:
             count = max(self.NOISE, 4 * 3 * size**2)
             noise = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device, dtype)
