@@ -1,6 +1,6 @@
 """A whole experiment in one file: a small ViT on 10,000 images of Fashion-MNIST, which are in the repository.
 
-    python examples/minimal.py                # a minute on 2 CPU cores, about 83 % of 2,000 test images
+    python examples/minimal.py                # under a minute on 2 CPU cores, 85.7 % of 2,000 test images
 
 Copy it, and change what you like: every part is a function or a class of its own.
 """

@@ -1,0 +1,117 @@
+"""The examples; and a model of somebody else, as one file and one row, with nothing of a ViT in it."""
+
+import json
+import re
+import sys
+import time
+from unittest.mock import patch
+
+import pytest
+from helpers import ROOT, call, in_process, places, same, weights
+
+from eval import load_run
+from models import MODELS
+from utils.datasets import load_data
+from utils.dist_util import Interrupt
+from utils.presets import AUGS, DATASETS
+
+MODEL = """
+import torch
+
+
+class Perceptron(torch.nn.Module):
+    def __init__(self, image_size, num_classes, hidden=8):
+        super().__init__()
+        self.first = torch.nn.Linear(3 * image_size**2, hidden)
+        self.last = torch.nn.Linear(hidden, num_classes)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x.flatten(1))))
+"""
+FLAGS = (
+    "--name own --model_type Perceptron-S --dataset fashionmnist-mini --img_size 8 --train_batch_size 32 --lr 3e-3 "
+    "--num_steps 40 --eval_every 20 --eval_batch_size 500 --opt adamw"
+).split()
+
+
+def run(script: str, *words, status: int = 0) -> str:
+    done = in_process(script, *words)
+    assert done.returncode == status and not done.stderr, (done.stdout, done.stderr)
+    return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def tables_as_before():
+    with patch.dict(MODELS), patch.dict(DATASETS), patch.dict(AUGS):
+        yield
+
+
+@pytest.fixture
+def row(tmp_path, monkeypatch) -> None:
+    (tmp_path / "perceptron_of_mine.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(MODELS, "Perceptron-S", dict(cls="perceptron_of_mine:Perceptron", hidden=16))
+
+
+def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    name = "own_Perceptron-S_norm_LN_fp_False_img_8_pretrain_F"
+    assert "time unknown" in run("train.py", *FLAGS, *places(whole), "--dry_run") and not whole.exists()
+    run("train.py", *FLAGS, *places(whole))
+    start, *_, end = map(json.loads, (whole / "output" / f"{name}.jsonl").read_text().splitlines())
+    assert start["parameters"] == (3 * 8 * 8 + 1) * 16 + (16 + 1) * 10 and end["best_accuracy"] > 0.15
+
+    with monkeypatch.context() as context:  # a signal during the first step
+        context.setattr(Interrupt, "__enter__", lambda self: self.__dict__.update(signum=15, before={}) or self)
+        assert "Signal 15 after step 1; saved" in run("train.py", *FLAGS, *places(cut), status=143)
+    assert "Resuming" in run("train.py", *FLAGS, *places(cut))
+    checkpoint = whole / "output" / f"{name}_checkpoint.bin"
+    assert same(weights(checkpoint), weights(cut / "output" / checkpoint.name))
+
+    shown = f"{100 * end['best_accuracy']:.2f}"
+    assert f"Top-1 accuracy: {end['best_accuracy']:.5f}" in run("eval.py", checkpoint)
+    assert f"Valid Accuracy: {end['best_accuracy']:.5f}" in run(
+        "train.py", *FLAGS, *places(tmp_path), "-v", "true", "--load_model_dir", checkpoint
+    )
+    data = load_data("fashionmnist-mini", train=False)
+    ((best, probability),) = load_run(checkpoint, "cpu").predict(data.test.source.images[:1], top=1)[0]
+    assert best in data.classes and 0.1 < probability <= 1
+    run("eval.py", checkpoint, "--plot", "errors")
+    assert [path.name for path in checkpoint.parent.glob("*_errors.png")]
+    done = in_process("eval.py", checkpoint, "--plot", "attention")
+    assert done.returncode == 2 and "Perceptron has no token_layout(), so only errors can be drawn" in done.stderr
+    assert f"| Perceptron-S | +  |    |    |         | 8x8        | {shown} " in run("plot.py", whole / "output")
+
+
+def test_own_model_edits_no_file_of_the_kit(tmp_path):
+    words = ["--name", "mine", "--width", 8, *places(tmp_path)]
+    out = run("examples/own_model.py", *words)
+    score = float(re.search(r"Best Accuracy: \t([\d.]+)", out)[1])
+    assert score > 0.6  # of three classes, after 200 steps
+    assert len(re.findall(r"^(across|down|aslant): (across|down|aslant) \d+ %, \w+ \d+ %$", out, re.M)) == 3
+    settings = json.loads(next((tmp_path / "output").glob("*.jsonl")).read_text().splitlines()[0])["settings"]
+    assert (settings["model_type"], settings["dataset"], settings["aug"]) == ("ConvNet", "stripes", "faded")
+    assert "is finished: best accuracy" in run("examples/own_model.py", *words)
+    assert "| ConvNet" in run("plot.py", tmp_path / "output")
+    checkpoint = next((tmp_path / "output").glob("*_checkpoint.bin"))
+    scored = run("examples/own_model.py", *words, "-v", "true", "--load_model_dir", checkpoint)
+    assert f"Valid Accuracy: {score:.5f}" in scored
+
+
+def test_minimal_in_short(tmp_path):
+    """A few steps of the copy that a user would make of it."""
+    text = (ROOT / "examples" / "minimal.py").read_text()
+    assert "STEPS, BATCH" in text and len(text.splitlines()) < 60
+    copy = tmp_path / "copy.py"
+    text = text.replace("1000, 100, 28", "100, 10, 28").replace("__file__", repr(str(ROOT / "examples" / "copy.py")))
+    copy.write_text(text)
+    out = run(copy)
+    assert "step 100 of 100, loss " in out and re.search(r"test accuracy \d\d\.\d\d % \(\d+ of 2000\)", out)
+
+
+@pytest.mark.slow
+def test_minimal_reaches_what_it_says():
+    begin = time.monotonic()
+    out = call("examples/minimal.py").stdout
+    assert float(re.search(r"test accuracy ([\d.]+) %", out)[1]) > 84
+    print(f"examples/minimal.py took {time.monotonic() - begin:.0f} s", file=sys.stderr)

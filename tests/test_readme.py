@@ -1,0 +1,104 @@
+"""README says what is so: its commands run as they stand, its links, flags, names and recipes exist."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from models import MODELS, NORM_TYPES
+from utils import options
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(script: str, text: str) -> list[list[str]]:
+    """The words after `python SCRIPT` in blocks of shell."""
+    lines = [line for block in blocks("sh", text) for line in block.replace("\\\n", " ").splitlines()]
+    found = [re.search(rf"\b{re.escape(script)} ([^#&|]*)", line) for line in lines]
+    return [shlex.split(match[1]) for match in found if match]
+
+
+def test_it_is_short():
+    assert len(README.encode()) <= 12_500
+
+
+def test_links_lead_somewhere():
+    for path, text in TEXTS.items():
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+        assert [link for link in links if not (path.parent / link).exists()] == [], path
+        for name in re.findall(r"@?\b((?:recipes|examples|benchmarks|utils|models)/[\w/]+\.(?:args|py))", text):
+            assert "NAME" in name or (ROOT / name).is_file(), (path, name)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=[path.name for path in TEXTS])
+def test_commands_are_understood(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for words in commands("train.py", TEXTS[path]):
+        for flag, value in zip(words, words[1:], strict=False):
+            if flag in ("--pretrained_dir", "--load_model_dir"):  # as if it had been downloaded, or trained
+                (tmp_path / value).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / value).touch()
+        options.parse_train_args(MODELS, NORM_TYPES, words)
+    for words in commands("plot.py", TEXTS[path]):
+        options.plot_parser().parse_args(words)
+
+
+def test_flags_exist():
+    parsers = options.train_parser(MODELS, NORM_TYPES), options.eval_parser(), options.plot_parser()
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
+    of_others = {"--nproc_per_node", "--logdir", "--run", "--width"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_\d]+", README)) - known - of_others == set()
+
+
+def test_tables_name_all_models_and_recipes():
+    names = {f"{family}{size}" for family, size in re.findall(r"`(ViT-|R50-ViT-|DEMS-|MViT-)(\w+)`", README)}
+    short = set(re.findall(r"`(\w+_\d+)`", README))
+    assert {name for name in MODELS if name not in names and name.removeprefix("ViT-") not in short} == set()
+    table = README[README.index("## Recipes") : README.index("## Results")]
+    for path in (ROOT / "recipes").glob("*.args"):
+        parts = re.split(r"(?=_finetune|_pretrained|_384$)", path.stem)
+        assert all(f"`{part}" in table for part in parts), path
+
+
+def shortened(block: str) -> str:
+    """A block of shell without what needs a network or a browser, and with a run of seconds in place of minutes."""
+    block = block.replace("pip install -r requirements.txt && ", "")
+    block = re.sub(r"^tensorboard .*\n", "", block, flags=re.MULTILINE)
+    return block.replace("@recipes/demo.args", "@recipes/demo.args --epochs 1 --warmup_epochs 0.5 --eval_every 50")
+
+
+def test_five_minutes_and_python_as_they_stand(tmp_path):
+    """In a copy, as everything lands in output/."""
+    wanted = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for name in filter(None, wanted):
+        if not name.startswith(("tests/", "benchmarks/", "docs/")) and (ROOT / name).exists():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    first, second, *_ = blocks("sh")
+    env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout
+
+    out = run("bash", "-euc", shortened(first) + shortened(second))
+    assert "Best Accuracy" in out and "output/boot.png" in out and "| ViT-Ti_16" in out
+    first, second, third = blocks("python")
+    out = run(sys.executable, "-c", first + "print(tuple(features.shape), tuple(attention.shape))")
+    assert "('" in out and "(1, 17, 96) (1, 4, 4, 17, 17)" in out
+    assert "'Ankle boot'" in run(sys.executable, "-c", third)
+    compile(second, "README.md", "exec")  # it needs Google's weights; see test_weights.py
