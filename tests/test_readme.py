@@ -78,7 +78,7 @@ def shortened(block: str) -> str:
     return block.replace("@recipes/demo.args", "@recipes/demo.args --epochs 1 --warmup_epochs 0.5 --eval_every 50")
 
 
-def test_five_minutes_and_python_as_they_stand(tmp_path):
+def test_five_minutes_and_python_as_they_stand(tmp_path, monkeypatch, capsys):
     """In a copy, as everything lands in output/."""
     wanted = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"
@@ -90,15 +90,15 @@ def test_five_minutes_and_python_as_they_stand(tmp_path):
     first, second, *_ = blocks("sh")
     env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
-    def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
-        return done.stdout
-
-    out = run("bash", "-euc", shortened(first) + shortened(second))
+    script = shortened(first) + shortened(second)
+    done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    out = done.stdout
+    assert done.returncode == 0, (out, done.stderr)
     assert "Best Accuracy" in out and "output/boot.png" in out and "| ViT-Ti_16" in out
+
+    monkeypatch.chdir(tmp_path)
     first, second, third = blocks("python")
-    out = run(sys.executable, "-c", first + "print(tuple(features.shape), tuple(attention.shape))")
-    assert "('" in out and "(1, 17, 96) (1, 4, 4, 17, 17)" in out
-    assert "'Ankle boot'" in run(sys.executable, "-c", third)
+    exec(compile(f"{first}print(tuple(features.shape), tuple(attention.shape))\n{third}", "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "('" in out and "(1, 17, 96) (1, 4, 4, 17, 17)" in out and "'Ankle boot'" in out
     compile(second, "README.md", "exec")  # it needs Google's weights; see test_weights.py
