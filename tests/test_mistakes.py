@@ -654,7 +654,7 @@ SWEEPS = [
 
 
 @pytest.mark.parametrize("env, expected", SWEEPS, ids=[str(i) for i in range(len(SWEEPS))])
-@pytest.mark.parametrize("shell", ["sh train1.sh", "bash --posix train3.sh"])
+@pytest.mark.parametrize("shell", ["bash --posix train1.sh", "sh train3.sh"])
 def test_sweeps(tmp_path, shell, env, expected):
     shell, script = shell.rsplit(" ", 1)
     env = {name: value.format(tmp=tmp_path) for name, value in env.items()}
