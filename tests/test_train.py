@@ -208,9 +208,12 @@ def assert_may_begin_anew(folder: Path) -> None:
 
 
 def test_run_that_came_to_nothing_may_begin_with_other_settings(tmp_path, monkeypatch):
+    def full(*args, **words):
+        raise MemoryError
+
     words = [*SHORT, "--num_steps", 4, "--eval_every", 2, *places(tmp_path)]
-    with monkeypatch.context() as patch:  # in_process has a class Trainer of its own, but this function is shared
-        patch.setattr(torch.nn.functional, "cross_entropy", lambda *args, **words: (_ for _ in ()).throw(MemoryError()))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "cross_entropy", full)
         error = run("train.py", *words, check=2).stderr
     assert error == "train.py: error: out of memory (the host); fewer images per pass, or a smaller model\n"
     assert_may_begin_anew(tmp_path)
