@@ -31,9 +31,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from models import create_model
 from utils import checkpoint, data_utils, dist_util, pictures
-from utils.augment import eval_augment
+from utils.augment import eval_augment, short_side
 from utils.cli import refusing
-from utils.datasets import ImageSet, load_data, read_image
+from utils.datasets import ImageSet, data_words, load_data, read_image
 from utils.device import autocast, choose_device, memory_limit, usable_precision
 
 Images = str | Path | Image.Image | torch.Tensor | Sequence[str | Path | Image.Image | torch.Tensor]
@@ -90,7 +90,7 @@ class Classifier:
         one = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.ndim == 3)
         for image in [images] if one else images:
             if isinstance(image, (str, Path)):
-                image = read_image(image)
+                image = read_image(image, short_side(self.args))
             if isinstance(image, Image.Image):
                 image = pil_to_tensor(image.convert("RGB"))
             if image.is_floating_point():
@@ -119,8 +119,8 @@ class Classifier:
     def test_images(self) -> ImageSet:
         """The test images of the data set that `args` name."""
         args = self.args
-        words = dict(emnist_split=args.emnist_split, memory_limit=args.memory_limit, classes=self.classes)
-        return load_data(args.dataset, args.data_dir, train=False, **words).to(self.device).test
+        data = load_data(args.dataset, args.data_dir, train=False, classes=self.classes, **data_words(args))
+        return data.to(self.device).test
 
     def batches(self, images: ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images and labels for `evaluate`."""
@@ -161,10 +161,14 @@ def score(run: Classifier, args: Namespace, folder: Path) -> None:
 
 def main(args: Namespace) -> int:
     run = load_run(args.checkpoint, choose_device(args.device, args.gpu_id))
-    given = ("dataset", "data_dir", "emnist_split", "eval_batch_size", "num_workers", "memory_limit")
-    changed = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    given = (
+        "dataset data_dir emnist_split labels eval_batch_size num_workers memory_limit skip_broken cache_dir no_cache"
+    )
+    changed = {name: getattr(args, name) for name in given.split() if getattr(args, name) is not None}
     run.args = Namespace(**{**vars(run.args), "memory_limit": memory_limit(run.device), **changed})
     folder = Path(args.output_dir or Path(args.checkpoint).parent)
+    run.args.output_dir = str(folder)  # where the cache goes if it cannot be beside the data
+    run.args.labels = args.labels or (None if args.data_dir else getattr(run.args, "labels", None))
     if args.plot:
         paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks)
         print(json.dumps(paths) if args.json else "\n".join(paths.values()))

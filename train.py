@@ -37,7 +37,7 @@ from utils import checkpoint, data_utils, device, dist_util, results, scheduler,
 from utils.anomaly import Anomaly, NonFinite
 from utils.augment import eval_augment, make_mix, train_augment
 from utils.cli import UserError
-from utils.datasets import Data, ImageSet, load_data
+from utils.datasets import Data, ImageSet, data_words, load_data
 from utils.dist_util import Processes
 from utils.log_util import RunLog, gflops, run_description, run_facts
 from utils.optim import Average, make_optimizer, make_scaler
@@ -172,7 +172,8 @@ class Trainer:
         args, groups = self.args, ("data", "augmentation", "optimisation", "precision and speed")
         facts = run_facts(args, self.config, self.model, self.gflops, self.data, self.processes, self.precision)
         flags = options.describe(args, options.train_parser(MODELS, NORM_TYPES), groups)
-        self.log.info(*run_description(args, facts, self.weights, self.precision_note, flags), *self.notes)
+        notes = [*self.data.notes, *flags, *self.notes]
+        self.log.info(*run_description(args, facts, self.weights, self.precision_note, notes))
         self.log.record(event="start", settings=settings(args), **facts)
 
     def update(self, batches) -> tuple[torch.Tensor, torch.Tensor]:
@@ -350,10 +351,7 @@ def prepare(args: Namespace) -> tuple[Processes, Data, bool]:
         limit = device.memory_limit(processes.device) if limit is None else limit
         args.memory_limit = min(dist_util.gather(limit))
     with dist_util.first_on_each_node(processes):
-        data = load_data(
-            args.dataset, args.data_dir, train=not args.validate, val_fraction=args.val_fraction, seed=args.seed,
-            emnist_split=args.emnist_split, memory_limit=args.memory_limit,
-        )  # fmt: skip
+        data = load_data(args.dataset, args.data_dir, train=not args.validate, **data_words(args))
     same_classes = source.get("classes", data.classes) == data.classes
     if args.load_model_dir and not same_classes:
         raise UserError(f"{args.load_model_dir} has other classes than {args.dataset}; fine-tune with --pretrained_dir")

@@ -9,6 +9,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from utils import seeds
 from utils.augment import Augment, Mix
 from utils.cli import UserError
-from utils.datasets import Files, ImageSet, read_image
+from utils.datasets import Files, ImageSet, Ragged, Uniform, read_image
 from utils.dist_util import SIGNALS
 
 
@@ -41,35 +42,53 @@ def batch_index(step: int, batch_size: int, n: int, seed: int, ra: int = 1) -> t
     return torch.cat([copies[k::ra].roll(-k) for k in range(ra)])
 
 
+PART = 2**27  # bytes of a part of a batch of many sizes
+
+
 class _Decode(torch.utils.data.Dataset):
-    """For DataLoader: a list of (i, box) -> images i, cut to their boxes and padded, (b, 3, h, w) uint8, and sizes (b,
-    2).
+    """For DataLoader: a list of (i, box) -> images i, cut to their boxes: their pixels end to end, their heights and
+    widths (b, 2), and the sizes of their boxes (b, 2).
 
     A side of 4 `size` or more is first reduced by averaging whole numbers of pixels, to 2 `size` or more; that is
-    hardly seen once the rest is resized, and bounds a batch's memory. Its size is then the box's divided by this
-    number, not always whole.
+    hardly seen once the rest is resized, and bounds a batch's memory. The size of its box is divided by this number,
+    and then not always whole.
     """
 
-    def __init__(self, paths: list[str], size: int):
-        self.paths, self.size = paths, size
+    def __init__(self, source: Files, size: int):
+        self.source, self.size = source, size
 
-    def __getitem__(self, items: list[tuple[int, list[int] | None]]) -> tuple[torch.Tensor, torch.Tensor] | str:
+    def __getitem__(self, items: list[tuple[int, list[int] | None]]) -> tuple | str:
         try:
-            images, sizes = zip(*(self._decode(*item) for item in items), strict=True)
+            images, boxes = zip(*(self._decode(*item) for item in items), strict=True)
         except UserError as error:  # DataLoader would wrap it in the worker's traceback
             return str(error)
-        height, width = (max(image.shape[side] for image in images) for side in (1, 2))
-        batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-        for place, image in zip(batch, images, strict=True):
-            place[:, : image.shape[1], : image.shape[2]] = image
-        return batch, torch.tensor(sizes)
+        shapes = torch.tensor([image.shape[1:] for image in images])
+        return torch.cat([image.flatten() for image in images]), shapes, torch.tensor(boxes)
 
     def _decode(self, i: int, box: list[int] | None) -> tuple[torch.Tensor, tuple[float, float]]:
-        image = read_image(self.paths[i])
+        image = read_image(self.source.paths[i], self.source.short_side)
         top, left, height, width = box or (0, 0, image.height, image.width)
         down, across = (max(1, side // (2 * self.size)) for side in (height, width))
         image = image.reduce((across, down), (left, top, left + width, top + height))
         return pil_to_tensor(image), (height / down, width / across)
+
+
+def _augmented(source: Uniform | Ragged, ids: torch.Tensor, params: dict, augment: Augment) -> torch.Tensor:
+    """Images of a source in memory, augmented; of many sizes in parts that are PART bytes, or one image, at most.
+
+    Each part is padded to its largest height and width, and has weights that resize these.
+    """
+    if isinstance(source, Uniform):
+        return augment(source.take(ids), params)
+    ends, height, width = [0], 0, 0
+    for i, (h, w) in enumerate(source.sizes[ids].tolist()):
+        height, width = max(height, h), max(width, w)
+        if (i + 1 - ends[-1]) * (3 * height * width + 4 * augment.size * (height + width)) > PART and i > ends[-1]:
+            ends.append(i)
+            height, width = h, w
+    parts = [slice(*part) for part in pairwise([*ends, len(ids)])]
+    done = [augment(source.take(ids[part]), {name: value[part] for name, value in params.items()}) for part in parts]
+    return done[0] if len(done) == 1 else torch.cat(done)
 
 
 def _leave_group(worker: int) -> None:
@@ -93,7 +112,8 @@ def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device
     """Turn a plan of (index, parameters) into batches (images, labels) on the device."""
     if not isinstance(data.source, Files):
         for index, params in plan:
-            yield augment(data.source.take(data.ids[index]), params), data.labels[index].to(device, non_blocking=True)
+            images = _augmented(data.source, data.ids[index], params, augment)
+            yield images, data.labels[index].to(device, non_blocking=True)
         return
 
     planned = deque()  # the loader asks for batches ahead of time; what it asked for waits here
@@ -105,17 +125,19 @@ def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device
             yield list(zip(data.ids[index].tolist(), boxes, strict=True))
 
     loader = DataLoader(  # each request is a batch; without a generator it would draw from the one that dropout uses
-        _Decode(data.source.paths, augment.size), batch_size=None, sampler=requests(), num_workers=num_workers,
+        _Decode(data.source, augment.size), batch_size=None, sampler=requests(), num_workers=num_workers,
         worker_init_fn=_leave_group, pin_memory=device.type == "cuda", generator=torch.Generator(),
     )  # fmt: skip
     for loaded in _start_workers(loader):
         if isinstance(loaded, str):
             raise UserError(loaded, on_this_process=True)
-        images, sizes = loaded
+        pixels, shapes, boxes = loaded
         index, params = planned.popleft()
         if "box" in params:  # cut already
-            params["box"] = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
-        yield augment(images.to(device, non_blocking=True), params), data.labels[index].to(device, non_blocking=True)
+            params["box"] = torch.cat([torch.zeros_like(boxes), boxes], dim=1)
+        batch = Ragged(pixels.to(device, non_blocking=True), shapes)
+        images = _augmented(batch, torch.arange(len(index)), params, augment)
+        yield images, data.labels[index].to(device, non_blocking=True)
 
 
 @lru_cache

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.cli import Parser, Replaces, refuse, world_size
+from utils.image_folder import choose_dataset
 from utils.presets import AUGS, DATASETS, MAX_IMAGES, NORMALIZE, PICTURES
 from utils.run_files import MAX_RUN_ID, run_id
 
@@ -31,6 +32,9 @@ def _add_device_flags(group) -> None:
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes the GPU if any")
     group.add_argument("--gpu_id", type=cli.count, default=0, help="which GPU, for one process; torchrun's LOCAL_RANK otherwise")
     group.add_argument("--num_workers", type=cli.bounded(int, 0, 1024), default=min(4, CORES), help="processes that decode a set too large for memory [4, or the cores]")
+    group.add_argument("--cache_dir", default=None, metavar="DIR", help="for decoded images of image folders [beside the data; the output folder where that cannot be written]")
+    group.add_argument("--no_cache", action="store_true", default=None, help="keep no decoded images on disk")
+    group.add_argument("--skip_broken", action="store_true", default=None, help="leave out images that cannot be read, rather than stop")
     group.add_argument("--memory_limit", type=cli.non_negative, default=None, metavar="GIB", help="splits of image folders up to this size as uint8 are kept in memory, larger ones are streamed [a quarter of what is free on the training device and on the host; a continued run keeps its limit]")
 
 
@@ -58,10 +62,12 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     _add_device_flags(g)
 
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=DATASETS, default="cifar10", help="fashionmnist-mini is in the repository")
-    g.add_argument("--data_dir", default="data", help="where data sets are looked for and downloaded to; for imagefolder the folder that holds train/ and val/ or test/")
+    g.add_argument("--dataset", choices=DATASETS, default=None, help="fashionmnist-mini is in the repository [imagefolder where --data_dir holds images, else cifar10]")
+    g.add_argument("--data_dir", default="data", help="where data sets are looked for and downloaded to; for imagefolder the folder that holds a folder a class, or train/ and val/ or test/ with these")
+    g.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder without class folders: columns file,label and perhaps split (train, val, test)")
+    g.add_argument("--test_fraction", type=cli.bounded(float, 0, 0.9, open_low=True), default=None, help="part of each class of an image folder without test images that is held out for testing [0.2 where there is no val/ either]")
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
-    g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
+    g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
     g.add_argument("--img_size", type=cli.positive_int, default=224, help="side in pixels that images are resized to")
     g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the checkpoint that is loaded, else half: to -1..1]")
     g.add_argument("--mean", type=cli.real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
@@ -151,6 +157,7 @@ def eval_parser() -> Parser:
     p.add_argument("--output_dir", default=None, help="for the confusion matrix and pictures [the checkpoint's folder]")
     p.add_argument("--dataset", choices=DATASETS, default=None, help="whose test images are scored [that of the checkpoint]")
     p.add_argument("--data_dir", default=None, help="where it is looked for [that of the checkpoint]")
+    p.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder, as for train.py [that of the checkpoint]")
     p.add_argument("--emnist_split", choices=EMNIST_SPLITS, default=None, help="[that of the checkpoint]")
     p.add_argument("--eval_batch_size", type=cli.positive_int, default=None, help="images per forward pass [that of the checkpoint]")
     _add_device_flags(p)
@@ -198,6 +205,8 @@ def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
     args = parser.parse_args(words, check)
     args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
     args.fp16 = args.fp16 and args.fp16_opt_level != "O0"
+    data_dir = args.data_dir if args.data_dir != parser.get_default("data_dir") else None
+    args.dataset = choose_dataset(args.dataset, data_dir, args.labels) or "cifar10"
     if (args.learning_rate, args.blr) == (None, None):
         args.learning_rate = 0.03 if args.opt == "sgd" else 0.001
     if args.blr is not None:
@@ -228,6 +237,8 @@ def check(args: argparse.Namespace) -> None:
     odd = (args.mixup or args.cutmix) and batch // parts % 2
     refuse(odd, f"--mixup and --cutmix need an even number of images per process and pass, not {share}")
     refuse(args.ra > batch, f"--ra {args.ra} is more than --train_batch_size {batch}")
+    foreign = args.labels and args.dataset not in (None, "imagefolder")
+    refuse(foreign, f"--labels {args.labels} goes with --dataset imagefolder, not {args.dataset}")
     refuse((args.mean is None) != (args.std is None), "--mean and --std go together")
     refuse(scale and scale[0] > scale[1], f"--scale {scale}: the first is above the second")
     for flag in ("scale", "aug_prob"):
@@ -258,6 +269,7 @@ def check_eval(args: argparse.Namespace) -> None:
     plots, images = args.plot or [], args.images or []
     missing = args.blocks is not None and "attention" not in plots
     refuse(missing, "--blocks chooses what --plot attention shows, which is missing")
+    args.dataset = choose_dataset(args.dataset, args.data_dir, args.labels)
     data = images and (args.dataset or args.data_dir)
     refuse(data, "--images classifies single files; leave out --dataset and --data_dir")
     others = " ".join(sorted({*plots} - {"attention"}))
