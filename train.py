@@ -185,6 +185,7 @@ class Trainer:
             group["lr"] = self.lr * group["lr_scale"]
         total = torch.zeros((), device=self.device)
         for part in range(parts):
+            self.part = part
             images, labels = next(batches)
             if progress.step == part == 0:
                 self.log.images("train/batch", 1, images, args.mean, args.std)
@@ -259,7 +260,12 @@ class Trainer:
         self.model.train()
         mark, mark_step = time.monotonic(), progress.step
         while progress.step < args.num_steps:
-            loss, norm = self.update(batches)
+            try:
+                loss, norm = self.update(batches)
+            except dist_util.Stalled:
+                if place.world == 1 and self.part == 0:  # nothing of the next update is done
+                    self.save_last()
+                raise
             bar.update()
             at_end = progress.step == args.num_steps
             evaluated = progress.step % args.eval_every == 0 or at_end
@@ -373,6 +379,11 @@ def main(args: Namespace) -> int:
         return 0
     files = RunFiles(args.output_dir, args.log_dir, run_id(args))
     if not args.overwrite:
+        if changed := files.other_data(data.classes, data.files):
+            way_out = (
+                f"bring them back, or start anew with another --name (and --load_model_dir {files.best}) or --overwrite"
+            )
+            raise UserError(f"run {files.id} exists with other images: {', '.join(changed)}; {way_out}")
         if changed := files.differences(settings(args)):
             shown = ", ".join(changed)
             raise UserError(f"run {files.id} exists with other settings: {shown}; another --name, or --overwrite")
@@ -389,6 +400,9 @@ def main(args: Namespace) -> int:
         try:
             with dist_util.Interrupt() as interrupt:
                 return trainer.train(interrupt)
+        except dist_util.Stalled:
+            trainer.log.info(f"Signal {interrupt.signum} while waiting for data, after step {trainer.progress.step}")
+            return 128 + interrupt.signum
         except NonFinite as error:
             trainer.log.info(f"Stopped: {error}")
             return 3

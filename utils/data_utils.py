@@ -6,6 +6,7 @@ through worker processes. Order and augmentation are functions of (seed, step), 
 
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
@@ -18,8 +19,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from utils import seeds
 from utils.augment import Augment, Mix
 from utils.cli import UserError
-from utils.datasets import Files, ImageSet, Ragged, Uniform, read_image
-from utils.dist_util import SIGNALS
+from utils.datasets import MEND, Files, ImageSet, Ragged, Uniform, read_image
+from utils.dist_util import SIGNALS, waiting
 
 
 @lru_cache(maxsize=4)
@@ -54,8 +55,8 @@ class _Decode(torch.utils.data.Dataset):
     and then not always whole.
     """
 
-    def __init__(self, source: Files, size: int):
-        self.source, self.size = source, size
+    def __init__(self, source: Files, size: int, shared: bool = True):
+        self.source, self.size, self.shared = source, size, shared
 
     def __getitem__(self, items: list[tuple[int, list[int] | None]]) -> tuple | str:
         try:
@@ -63,7 +64,8 @@ class _Decode(torch.utils.data.Dataset):
         except UserError as error:  # DataLoader would wrap it in the worker's traceback
             return str(error)
         shapes = torch.tensor([image.shape[1:] for image in images])
-        return torch.cat([image.flatten() for image in images]), shapes, torch.tensor(boxes)
+        pixels = torch.cat([image.flatten() for image in images])
+        return pixels if self.shared else pixels.numpy(), shapes, torch.tensor(boxes)
 
     def _decode(self, i: int, box: list[int] | None) -> tuple[torch.Tensor, tuple[float, float]]:
         image = read_image(self.source.paths[i], self.source.short_side)
@@ -91,12 +93,30 @@ def _augmented(source: Uniform | Ragged, ids: torch.Tensor, params: dict, augmen
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
+@lru_cache
+def _fits_shared_memory(needed: int) -> bool:
+    """Whether workers can hand on so many bytes through /dev/shm, which containers have little of; else a line."""
+    if not os.path.isdir("/dev/shm"):
+        return True
+    info = os.statvfs("/dev/shm")
+    free = info.f_bavail * info.f_frsize
+    if free < needed:
+        text = f"/dev/shm has {free / 2**20:.0f} MB free, batches may take {needed / 2**20:.0f}; they go through pipes"
+        print(text, file=sys.stderr)
+    return free >= needed
+
+
 def _leave_group(worker: int) -> None:
     """Ctrl-C, torchrun and SLURM signal whole process groups; the main process ends its workers when it is done."""
     os.setpgid(0, 0)
     for signum in signal.sigpending() & {*SIGNALS}:
         signal.sigwait([signum])  # it came before
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _as_it_is(loaded):
+    """DataLoader's own would make tensors, in shared memory, of arrays."""
+    return loaded
 
 
 def _start_workers(loader: DataLoader) -> Iterator:
@@ -108,8 +128,10 @@ def _start_workers(loader: DataLoader) -> Iterator:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device, num_workers: int) -> Iterator:
-    """Turn a plan of (index, parameters) into batches (images, labels) on the device."""
+def _load(
+    data: ImageSet, plan: Iterator, augment: Augment, device: torch.device, num_workers: int, batch_size: int
+) -> Iterator:
+    """Turn a plan of (index, parameters) for `batch_size` images into batches (images, labels) on the device."""
     if not isinstance(data.source, Files):
         for index, params in plan:
             images = _augmented(data.source, data.ids[index], params, augment)
@@ -124,14 +146,23 @@ def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device
             boxes = params["box"].tolist() if "box" in params else [None] * len(index)
             yield list(zip(data.ids[index].tolist(), boxes, strict=True))
 
+    largest = 3 * min(int(data.sizes.prod(dim=1).max()), (4 * augment.size) ** 2)
+    shared = num_workers == 0 or _fits_shared_memory((2 * num_workers + 1) * batch_size * largest)
     loader = DataLoader(  # each request is a batch; without a generator it would draw from the one that dropout uses
-        _Decode(data.source, augment.size), batch_size=None, sampler=requests(), num_workers=num_workers,
+        _Decode(data.source, augment.size, shared), batch_size=None, sampler=requests(), num_workers=num_workers,
         worker_init_fn=_leave_group, pin_memory=device.type == "cuda", generator=torch.Generator(),
+        collate_fn=_as_it_is,
     )  # fmt: skip
-    for loaded in _start_workers(loader):
+    loading = _start_workers(loader)
+    while True:
+        with waiting():
+            loaded = next(loading, None)
+        if loaded is None:
+            return
         if isinstance(loaded, str):
-            raise UserError(loaded, on_this_process=True)
-        pixels, shapes, boxes = loaded
+            way_out = "bring it back as it was, and the same command goes on from the last save"
+            raise UserError(loaded.removesuffix(MEND) + way_out, on_this_process=True)
+        pixels, shapes, boxes = map(torch.as_tensor, loaded)
         index, params = planned.popleft()
         if "box" in params:  # cut already
             params["box"] = torch.cat([torch.zeros_like(boxes), boxes], dim=1)
@@ -199,7 +230,7 @@ def train_batches(
             generator = seeds.generator(seed, seeds.MIX, start + i // accumulation)
             yield mix(images, labels, *mix.draw((augment.size, augment.size), generator))
 
-    batches = _load(data, plan(), augment, device, num_workers)
+    batches = _load(data, plan(), augment, device, num_workers, share // accumulation)
     return _ahead(mixed(batches) if mix else batches, device)
 
 
@@ -215,4 +246,4 @@ def eval_batches(
             if len(index):  # there may be more processes than images
                 yield index, augment.draw(sizes[index])
 
-    return _ahead(_load(data, plan(), augment, device, num_workers), device)
+    return _ahead(_load(data, plan(), augment, device, num_workers, batch_size), device)

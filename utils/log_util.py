@@ -143,6 +143,7 @@ def run_facts(
     place, parameters = processes.device, sum(p.numel() for p in model.parameters() if p.requires_grad)
     return dict(
         run_id=run_id(args), model=config, parameters=parameters, gflops=gflops,
+        classes=data.classes, files=data.files,
         images=[len(data.train), len(data.valid), len(data.test)], selected_on=data.selected_on,
         processes=processes.world, precision=precision, torch=torch.__version__, memory_limit=args.memory_limit,
         device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,

@@ -99,11 +99,30 @@ class RunFiles:
         if now["num_steps"] is None:  # the epochs on disk have been rounded to whole steps
             steps = max(1, round(now["epochs"] * old["num_steps"] / old["epochs"]))
             now = now | dict(epochs=None, num_steps=steps)
+        # accumulation makes the same update of more passes, except where each pass has statistics of its own
+        free = set() if now["norm_type"] in ("BN", "Rescale") else {"gradient_accumulation_steps"}
         return [
             f"{name} {old[name]} -> {value}"
             for name, value in now.items()
-            if name in old and old[name] != value and not (value is None and name in UNTIL_DATA)
+            if name in old.keys() - free and old[name] != value and not (value is None and name in UNTIL_DATA)
         ]
+
+    def other_data(self, classes: list[str], files: dict[str, dict]) -> list[str]:
+        """What is different in the data since the run began: classes, or images, by `datasets.ImageSet.fingerprint`."""
+        start = self.record("start")
+        if start is None or "files" not in start or self.state == "new":
+            return []
+        was, old = start["classes"], start["files"]
+        found = [f"class {name} is gone" for name in was if name not in classes]
+        found += [f"class {name} is new" for name in classes if name not in was]
+        for split in sorted({*old, *files}):
+            for name in (name for name in classes if name in was):
+                before, now = (each.get(split, {}).get(name, [0, ""]) for each in (old, files))
+                if before[0] != now[0]:
+                    found.append(f"{split}/{name} {before[0]} -> {now[0]} images")
+                elif before != now:
+                    found.append(f"{split}/{name} other names or sizes of files")
+        return found if len(found) <= 10 else [*found[:10], f"and {len(found) - 10} more"]
 
     def delete(self) -> None:
         """Remove every file of the run; its settings last, by which a half-removed one is known."""
