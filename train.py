@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,9 +33,9 @@ from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from tqdm import tqdm
 
 from eval import evaluate
-from utils import checkpoint, data_utils, device, dist_util, results, scheduler, seeds, weights
+from utils import checkpoint, data_utils, device, dist_util, frozen, results, scheduler, seeds, weights
 from utils.anomaly import Anomaly, NonFinite
-from utils.augment import eval_augment, make_mix, train_augment
+from utils.augment import Augment, eval_augment, make_mix, train_augment
 from utils.cli import UserError
 from utils.datasets import Data, ImageSet, data_words, load_data
 from utils.dist_util import Processes
@@ -60,10 +60,12 @@ class Progress:
     """What a run has reached; saved and restored as one."""
 
     loss_sum: torch.Tensor  # of the steps since the newest evaluation,
+    correct: torch.Tensor  # the share of their images that was classified right, summed as well,
     loss_steps: int = 0  # and their number
     step: int = 0  # updates done
     best: dict = field(default_factory=lambda: {"accuracy": -1.0, "step": 0})
     last: float | None = None  # accuracy of the newest evaluation
+    kept: str = "raw"  # weights that were the better ones at it, or "average"
     seconds: float = 0.0  # spent in the processes before this one
 
 
@@ -84,10 +86,11 @@ class Trainer:
             raise UserError(f"--grad_checkpoint and --layer_decay go by a model's blocks; {args.model_type} has none")
         self.weights = weights.load_start(self.model, args.pretrained_dir, args.load_model_dir, keep_head)
         self.model.to(self.device)
+        if args.freeze:
+            frozen.freeze(self.model, args.model_type)
         self.model, self.notes = dist_util.share_statistics(self.model, processes)
         self.statistics = dist_util.statistics_of(self.model)
         self.average = Average(self.model, args.ema_decay) if args.ema_decay else None
-        self.kept_model = self.average.module if self.average else self.model  # what is evaluated and kept
         self.gflops = gflops(self.model, args.img_size)
         for block in self.model.blocks if args.grad_checkpoint else ():
             block.forward = partial(checkpoint_activations, block.forward, use_reentrant=False)
@@ -96,19 +99,51 @@ class Trainer:
             self.notes.append("--detect_anomaly: not compiled, as it watches every module")
         elif args.compile:
             self.model.compile()
-        self.parallel = dist_util.parallel(self.model, processes)
         self.optimizer = make_optimizer(self.model, args, self.device)
         self.scaler = make_scaler(args.loss_scale, self.device, self.precision)
         self.learning_rate = scheduler.from_flags(args)
         self.augment = train_augment(args, self.device, self.precision)
-        self.score = partial(score, args, processes, len(data.classes), self.precision)
+        self.eval_augment = eval_augment(args, self.device, self.precision)
         self.mix = make_mix(args, len(data.classes))
-        self.progress = Progress(torch.zeros((), device=self.device))
+        self.class_weights = None
+        if args.class_weights:
+            self.class_weights = balanced_weights(data.train.labels, len(data.classes)).to(self.device)
+            low, high = (f"{value:.3g}" for value in self.class_weights.aminmax())
+            self.notes.append(f"Class weights: {low} to {high}, as --class_weights {args.class_weights} says")
+        self.on_features = args.freeze and not self.mix and not frozen.is_random(self.augment)
+        if self.on_features:
+            self.notes.append("--freeze: features are computed once, as nothing about the images is random")
+            self.compute_features()
+        self.parallel = dist_util.parallel(self.trained_part(self.model), processes)
+        self.progress = Progress(torch.zeros((), device=self.device), torch.zeros((), device=self.device))
         self.bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite
         self.started = self.saved = time.monotonic()
         self.save_took = 0.0  # seconds, the last time
         self.files = RunFiles(args.output_dir, args.log_dir, run_id(args))
         self.log = RunLog(self.files, enabled=processes.main)
+
+    def trained_part(self, model: nn.Module) -> nn.Module:
+        """What batches are given to: a model, or the head of a frozen one."""
+        return model.head if self.on_features else model
+
+    def compute_features(self) -> None:
+        """Put what the frozen model makes of all images in their place."""
+        data, words = self.data, dict(num_workers=self.args.num_workers, batch_size=self.args.eval_batch_size)
+        autocast = partial(device.autocast, self.device, self.precision)
+
+        def compute(images: ImageSet, augment: Augment) -> ImageSet:
+            batches = data_utils.eval_batches(images, augment, device=self.device, **words)
+            return frozen.features_of(self.model, images, batches, autocast)
+
+        train, test = compute(data.train, self.augment), compute(data.test, self.eval_augment)
+        valid = test if data.valid is data.test else compute(data.valid, self.eval_augment)
+        self.data = replace(data, train=train, valid=valid, test=test)
+        self.augment = self.eval_augment = frozen.Features()
+
+    def score(self, model: nn.Module, images: ImageSet) -> dict:
+        """`eval.evaluate` of a model of the run's shape, over all processes."""
+        words = dict(precision=self.precision, augment=self.eval_augment)
+        return score(self.args, self.processes, len(self.data.classes), self.trained_part(model), images, **words)
 
     def elapsed(self) -> float:
         return self.progress.seconds + time.monotonic() - self.started
@@ -158,8 +193,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run so far needed none, on another device
             self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
-        self.progress.loss_sum = self.progress.loss_sum.to(self.device)
+        for name in vars(self.progress).keys() & state.keys():  # an older run's lack some
+            value = state[name]
+            setattr(self.progress, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
         self.log.rewind(state["log"], self.progress.step)
         if found != last:
             self.log.info(f"{last} is damaged or missing; {found} takes its place")
@@ -183,19 +219,21 @@ class Trainer:
         self.lr = self.learning_rate(progress.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-        total = torch.zeros((), device=self.device)
+        total, correct = torch.zeros(2, device=self.device)
         for part in range(parts):
             self.part = part
             images, labels = next(batches)
-            if progress.step == part == 0:
+            if progress.step == part == 0 and not self.on_features:
                 self.log.images("train/batch", 1, images, args.mean, args.std)
             waits = self.processes.world > 1 and part < parts - 1  # gradients are exchanged once an update
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with device.autocast(self.device, self.precision):
                     logits = self.parallel(images)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing) / parts
+                loss = loss_of(logits.float(), labels, args.smoothing, self.class_weights) / parts
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+            labels = labels if labels.ndim == 1 else labels.argmax(dim=1)  # mixed: the class that counts most
+            correct += (logits.detach().argmax(dim=1) == labels).float().mean() / parts
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.model.parameters(), args.max_grad_norm or float("inf"))
         self.scaler.step(self.optimizer)
@@ -207,6 +245,7 @@ class Trainer:
 
         progress.step += 1
         progress.loss_sum += total
+        progress.correct += correct
         progress.loss_steps += 1
         # the scaler skips a step whose gradient overflows float16; a loss that isn't finite has no such excuse
         finite = total.isfinite() if self.scaler.is_enabled() else (total + norm).isfinite()
@@ -232,19 +271,28 @@ class Trainer:
     def validate(self) -> None:
         """Evaluate, write the weights if they are the best so far, and log."""
         self.check_finite()
-        progress, result = self.progress, self.score(self.kept_model, self.data.valid)
+        progress, models = self.progress, {"raw": self.model}
         if self.average:
-            result["raw_accuracy"] = self.score(self.model, self.data.valid)["accuracy"]
-        self.model.train()
+            models = {"average": self.average.module, "raw": self.model}
+        results = {kind: self.score(model, self.data.valid) for kind, model in models.items()}
+        progress.kept = max(results, key=lambda kind: results[kind]["accuracy"])  # the average, where both are as good
+        result = results[progress.kept]
+        if self.average:
+            accuracies = {f"{kind}_accuracy": each["accuracy"] for kind, each in results.items()}
+            result = result | accuracies | dict(kept=progress.kept)
+        frozen.train_mode(self.model, self.args.freeze)
         train_loss = dist_util.mean(progress.loss_sum) / progress.loss_steps
+        train_accuracy = dist_util.mean(progress.correct) / progress.loss_steps
         progress.loss_sum.zero_()
+        progress.correct.zero_()
         progress.loss_steps = 0
         progress.last = result["accuracy"]
         if progress.last > progress.best["accuracy"]:
             progress.best = {"accuracy": progress.last, "step": progress.step}
-            self.save(self.files.best, model=self.kept_model.state_dict(), accuracy=progress.last, loss=result["loss"])
+            best = models[progress.kept].state_dict()
+            self.save(self.files.best, model=best, accuracy=progress.last, loss=result["loss"])
         epoch = progress.step * self.args.epochs / self.args.num_steps
-        facts = dict(train_loss=train_loss, lr=self.lr, seconds=round(self.elapsed(), 2))
+        facts = dict(train_loss=train_loss, train_accuracy=train_accuracy, lr=self.lr, seconds=round(self.elapsed(), 2))
         self.log.evaluation(progress.step, epoch, self.data.selected_on, result, progress.best["accuracy"], **facts)
 
     def train(self, interrupt: dist_util.Interrupt) -> int:
@@ -257,7 +305,7 @@ class Trainer:
         )  # fmt: skip
         show = place.main and sys.stderr.isatty()
         bar = tqdm(total=args.num_steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=not show)
-        self.model.train()
+        frozen.train_mode(self.model, args.freeze)
         mark, mark_step = time.monotonic(), progress.step
         while progress.step < args.num_steps:
             try:
@@ -299,11 +347,12 @@ class Trainer:
         end = dict(best_accuracy=best, best_step=progress.best["step"], last_accuracy=progress.last)
         self.log.info(f"Best Accuracy: \t{best:f}")
         if split == "val":
-            end["test_accuracy_last"] = self.score(self.kept_model, self.data.test)["accuracy"]
+            model = self.average.module if progress.kept == "average" else self.model
+            end["test_accuracy_last"] = self.score(model, self.data.test)["accuracy"]
             if self.processes.main:
-                self.kept_model.load_state_dict(checkpoint.read_file(self.files.best)["model"])
-            dist_util.broadcast_model(self.kept_model)
-            end["test_accuracy"] = self.score(self.kept_model, self.data.test)["accuracy"]
+                model.load_state_dict(checkpoint.read_file(self.files.best)["model"])
+            dist_util.broadcast_model(model)
+            end["test_accuracy"] = self.score(model, self.data.test)["accuracy"]
             self.log.info(f"Test Accuracy: \t{end['test_accuracy']:f} (last step {end['test_accuracy_last']:f})")
         self.log.info("End Training!", f"last {minutes:.1f} min")
         metrics = dict(best_accuracy=best, last_accuracy=progress.last, minutes=minutes)
@@ -312,11 +361,26 @@ class Trainer:
         self.log.close()
 
 
+def loss_of(
+    logits: torch.Tensor, labels: torch.Tensor, smoothing: float, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy of logits (b, classes) and labels (b,) or targets (b, classes), each image's by its weight."""
+    if class_weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    return (loss * (class_weights[labels] if labels.ndim == 1 else labels @ class_weights)).mean()
+
+
+def balanced_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Weights (num_classes,) by which each class counts alike in a sum over all labels (n,); their mean is 1."""
+    return len(labels) / num_classes / labels.bincount(minlength=num_classes).clamp(min=1)
+
+
 def score(
-    args: Namespace, processes: Processes, num_classes: int, precision: str, model: nn.Module, images: ImageSet
-) -> dict:
+    args: Namespace, processes: Processes, num_classes: int, model: nn.Module, images: ImageSet, *, precision: str,
+    augment: Augment,
+) -> dict:  # fmt: skip
     """`eval.evaluate` on images, over all processes; the model is in eval mode afterwards."""
-    augment = eval_augment(args, processes.device, precision)
     batches = data_utils.eval_batches(
         images, augment, batch_size=args.eval_batch_size, rank=processes.rank, world=processes.world,
         device=processes.device, num_workers=args.num_workers,
@@ -329,7 +393,8 @@ def validate_only(args: Namespace, processes: Processes, data: Data) -> None:
     model = make_model(args, len(data.classes))
     weights.load_start(model, None, args.load_model_dir, keep_head=True)
     precision, _ = device.usable_precision(options.precision(args), processes.device)
-    result = score(args, processes, len(data.classes), precision, model.to(processes.device), data.test)
+    words = dict(precision=precision, augment=eval_augment(args, processes.device, precision))
+    result = score(args, processes, len(data.classes), model.to(processes.device), data.test, **words)
     if processes.main:
         print(f"Valid Loss: {result['loss']:.5f}")
         print(f"Valid Accuracy: {result['accuracy']:.5f} ({result['correct']}/{result['seen']})")

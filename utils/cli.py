@@ -137,6 +137,7 @@ positive = bounded(float, 0, MAX_REAL, open_low=True)
 non_negative = bounded(float, 0, MAX_REAL)
 fraction = bounded(float, 0, 1)
 rate = bounded(float, 0, 0.999)
+below_one = bounded(float, 0, math.nextafter(1, 0))
 
 
 def boolean(text: str) -> bool:

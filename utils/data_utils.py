@@ -93,17 +93,20 @@ def _augmented(source: Uniform | Ragged, ids: torch.Tensor, params: dict, augmen
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
-@lru_cache
 def _fits_shared_memory(needed: int) -> bool:
     """Whether workers can hand on so many bytes through /dev/shm, which containers have little of; else a line."""
-    if not os.path.isdir("/dev/shm"):
+    info = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+    if info is None or info.f_bavail * info.f_frsize >= needed:
         return True
-    info = os.statvfs("/dev/shm")
-    free = info.f_bavail * info.f_frsize
-    if free < needed:
-        text = f"/dev/shm has {free / 2**20:.0f} MB free, batches may take {needed / 2**20:.0f}; they go through pipes"
-        print(text, file=sys.stderr)
-    return free >= needed
+    _say_once(
+        f"/dev/shm has {info.f_blocks * info.f_frsize / 2**20:.0f} MB, too few for batches; they go through pipes"
+    )
+    return False
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _leave_group(worker: int) -> None:

@@ -120,7 +120,9 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--weight_decay", type=cli.non_negative, default=0.0, help="on all parameters but those that a model exempts, as its position embeddings")
     g.add_argument("--disable_weight_decay_on_bias_norm", action="store_true", help="no weight decay on biases and norms either")
     g.add_argument("--layer_decay", type=cli.bounded(float, 0, 1, open_low=True), default=1.0, help="learning rate of each block, as a factor of that of the block above")
-    g.add_argument("--ema_decay", type=cli.rate, default=0.0, help="average the weights exponentially with this decay; the average is what is evaluated and kept, the raw weights are scored beside it; 0 turns it off")
+    g.add_argument("--ema_decay", type=cli.below_one, default=0.0, help="average the weights exponentially with this decay, after a warm-up; average and raw weights are both evaluated, and the better ones count and are kept; 0 turns it off")
+    g.add_argument("--freeze", action="store_true", help="train the head alone, of --pretrained_dir; features are computed once where nothing about the images is random (--aug none)")
+    g.add_argument("--class_weights", choices=["balanced"], default=None, help="balanced: each class counts alike in the loss, however few images it has [all images count alike]")
     g.add_argument("--max_grad_norm", type=cli.non_negative, default=1.0, help="gradients are clipped to this norm; 0 turns it off")
     g.add_argument("--smoothing", type=cli.rate, default=0.0, help="label smoothing")
 
@@ -248,6 +250,8 @@ def check(args: argparse.Namespace) -> None:
     twice = args.grad_checkpoint and args.norm_type in ("BN", "Rescale")
     refuse(twice, f"--grad_checkpoint computes blocks twice, which {args.norm_type} would count in its statistics")
     refuse(args.fp16 and args.bf16, "--fp16 and --bf16 exclude each other")
+    headless = args.freeze and not (args.pretrained_dir or args.load_model_dir)
+    refuse(headless, "--freeze trains the head alone, of weights that --pretrained_dir FILE gives; it is missing")
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
     refuse(args.validate and not args.load_model_dir, "-v evaluates --load_model_dir FILE, which is missing")
