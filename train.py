@@ -21,12 +21,11 @@ import os
 import sys
 import time
 from argparse import Namespace
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
@@ -40,6 +39,7 @@ from utils.cli import UserError
 from utils.datasets import Data, ImageSet, data_words, load_data
 from utils.dist_util import Processes
 from utils.log_util import RunLog, gflops, run_description, run_facts
+from utils.loss import balanced_weights, loss_of
 from utils.optim import Average, make_optimizer, make_scaler
 from utils.run_files import RunFiles, run_id, settings
 
@@ -113,7 +113,11 @@ class Trainer:
         self.on_features = args.freeze and not self.mix and not frozen.is_random(self.augment)
         if self.on_features:
             self.notes.append("--freeze: features are computed once, as nothing about the images is random")
-            self.compute_features()
+            words = dict(device=self.device, num_workers=args.num_workers, batch_size=args.eval_batch_size)
+            batches = partial(data_utils.eval_batches, **words)
+            autocast = partial(device.autocast, self.device, self.precision)
+            self.data = frozen.on_features(self.model, data, self.augment, self.eval_augment, batches, autocast)
+            self.augment = self.eval_augment = frozen.Features()
         self.parallel = dist_util.parallel(self.trained_part(self.model), processes)
         self.progress = Progress(torch.zeros((), device=self.device), torch.zeros((), device=self.device))
         self.bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite
@@ -125,20 +129,6 @@ class Trainer:
     def trained_part(self, model: nn.Module) -> nn.Module:
         """What batches are given to: a model, or the head of a frozen one."""
         return model.head if self.on_features else model
-
-    def compute_features(self) -> None:
-        """Put what the frozen model makes of all images in their place."""
-        data, words = self.data, dict(num_workers=self.args.num_workers, batch_size=self.args.eval_batch_size)
-        autocast = partial(device.autocast, self.device, self.precision)
-
-        def compute(images: ImageSet, augment: Augment) -> ImageSet:
-            batches = data_utils.eval_batches(images, augment, device=self.device, **words)
-            return frozen.features_of(self.model, images, batches, autocast)
-
-        train, test = compute(data.train, self.augment), compute(data.test, self.eval_augment)
-        valid = test if data.valid is data.test else compute(data.valid, self.eval_augment)
-        self.data = replace(data, train=train, valid=valid, test=test)
-        self.augment = self.eval_augment = frozen.Features()
 
     def score(self, model: nn.Module, images: ImageSet) -> dict:
         """`eval.evaluate` of a model of the run's shape, over all processes."""
@@ -201,6 +191,8 @@ class Trainer:
             self.log.info(f"{last} is damaged or missing; {found} takes its place")
             if self.processes.main:
                 os.replace(found, last)
+        if self.processes.main and self.files.record("start")["settings"]["num_steps"] != self.args.num_steps:
+            self.describe()  # it is extended
         self.log.info(f"Resuming {self.files.id} after step {self.progress.step} of {self.args.num_steps}")
 
     def describe(self) -> None:
@@ -361,21 +353,6 @@ class Trainer:
         self.log.close()
 
 
-def loss_of(
-    logits: torch.Tensor, labels: torch.Tensor, smoothing: float, class_weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Mean cross-entropy of logits (b, classes) and labels (b,) or targets (b, classes), each image's by its weight."""
-    if class_weights is None:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    return (loss * (class_weights[labels] if labels.ndim == 1 else labels @ class_weights)).mean()
-
-
-def balanced_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Weights (num_classes,) by which each class counts alike in a sum over all labels (n,); their mean is 1."""
-    return len(labels) / num_classes / labels.bincount(minlength=num_classes).clamp(min=1)
-
-
 def score(
     args: Namespace, processes: Processes, num_classes: int, model: nn.Module, images: ImageSet, *, precision: str,
     augment: Augment,
@@ -427,7 +404,7 @@ def prepare(args: Namespace) -> tuple[Processes, Data, bool]:
     if args.load_model_dir and not same_classes:
         raise UserError(f"{args.load_model_dir} has other classes than {args.dataset}; fine-tune with --pretrained_dir")
     if not args.validate:
-        options.resolve_steps(args, len(data.train))
+        data.notes += options.resolve_steps(args, len(data.train))
     return processes, data.to(processes.device), same_classes
 
 
@@ -444,17 +421,10 @@ def main(args: Namespace) -> int:
         return 0
     files = RunFiles(args.output_dir, args.log_dir, run_id(args))
     if not args.overwrite:
-        if changed := files.other_data(data.classes, data.files):
-            way_out = (
-                f"bring them back, or start anew with another --name (and --load_model_dir {files.best}) or --overwrite"
-            )
-            raise UserError(f"run {files.id} exists with other images: {', '.join(changed)}; {way_out}")
-        if changed := files.differences(settings(args)):
-            shown = ", ".join(changed)
-            raise UserError(f"run {files.id} exists with other settings: {shown}; another --name, or --overwrite")
-        if files.state == "finished":
+        files.check_same(settings(args), data.classes, data.files, args.extend)
+        if files.state == "finished" and not (args.extend and args.num_steps > files.record("end")["step"]):
             if processes.main:
-                print(f"{files.id} is finished: {results.scores(files)}")
+                print(f"{files.id} is finished: {results.scores(files)}; --extend with more --epochs goes on with it")
             return 0
     trainer = Trainer(args, processes, data, keep_head=same_classes)
     with contextlib.ExitStack() as until_end:

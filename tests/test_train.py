@@ -139,7 +139,9 @@ def test_finished_run_is_left_alone_and_other_settings_are_refused(reference):
     before = content(reference)
     best, last = (records(reference)[-1][f"{name}_accuracy"] for name in ("best", "last"))
     out = run("train.py", *RUN, *places(reference)).stdout
-    assert out == f"{ID} is finished: best accuracy {best:f}, last {last:f}\n"
+    assert (
+        out == f"{ID} is finished: best accuracy {best:f}, last {last:f}; --extend with more --epochs goes on with it\n"
+    )
     error = run("train.py", *RUN, *places(reference), "--lr", 0.5, check=2).stderr
     assert error.count("\n") == 1 and "learning_rate 0.001 -> 0.5" in error and "--overwrite" in error
     assert content(reference) == before

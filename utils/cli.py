@@ -68,7 +68,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Help, fromfile_prefix_chars="@", **kwargs)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
+        words = shlex.split(line.removeprefix("\ufeff"), comments=True)  # as Windows' editors begin a file
+        return [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words]
 
     def add_aliases(self, aliases: dict[str, str]) -> None:
         """Names that flags have in other projects; they work, and --help leaves them out."""
@@ -83,6 +84,7 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         if lone := [word for word in argv if any("\ud800" <= char <= "\udfff" for char in word)]:
             self.error(f"{lone[0]}: is not UTF-8; rename it")
+        argv = [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in argv]
         recipes = [Path(word[1:]) for word in argv if word.startswith("@")]
         for path in recipes:
             if not path.is_file():
@@ -98,6 +100,11 @@ class Parser(argparse.ArgumentParser):
             where = "".join(f" in {path}" for path in recipes if flag not in argv and flag in path.read_text())
             hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
             self.error(f"unknown argument {unknown[0]!r}{where}{hint}")
+        for name, value in vars(args).items():  # the shell leaves ~ alone in --flag=~/folder
+            if isinstance(value, str):
+                setattr(args, name, os.path.expanduser(value))
+            elif isinstance(value, list) and value and isinstance(value[0], str):
+                setattr(args, name, list(map(os.path.expanduser, value)))
         try:
             check(args)
         except UserError as error:

@@ -3,8 +3,7 @@
 That is computed once where nothing about the images is random, and in every step where something is.
 """
 
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from utils.augment import Augment
 from utils.cli import UserError
-from utils.datasets import ImageSet, Uniform
+from utils.datasets import Data, ImageSet, Uniform
 
 
 def freeze(model: nn.Module, name: str) -> None:
@@ -42,34 +41,35 @@ class Features:
         return images
 
 
-@contextmanager
-def _inputs_of(layer: nn.Module):
-    """A list that fills with what the layer is given."""
-    seen = []
-    hook = layer.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
 @torch.no_grad()
-def features_of(model: nn.Module, images: ImageSet, batches: Iterable, autocast) -> ImageSet:
-    """The same images as what the head of the model is given for them, (n, dim) float32 on its device.
+def features_of(model: nn.Module, images: ImageSet, batches: Iterable, autocast: Callable) -> ImageSet:
+    """The same images as what the model's head is given for them, (n, dim) float32 on its device.
 
     `batches` are all of them in order, as `data_utils.eval_batches` gives them.
     """
-    found = []
     model.eval()
-    with _inputs_of(model.head) as seen:
-        for x, _ in batches:
-            with autocast():
-                model(x)
-            found.append(seen.pop().float())
+    found = []
+    hook = model.head.register_forward_pre_hook(lambda head, given: found.append(given[0].float()))
+    for x, _ in batches:
+        with autocast():
+            model(x)
+    hook.remove()
     return replace(images, source=Uniform(torch.cat(found)), ids=torch.arange(len(images)))
 
 
-def is_random(augment: Augment) -> bool:
+def on_features(
+    model: nn.Module, data: Data, augment: Augment, eval_augment: Augment, batches: Callable, autocast: Callable
+) -> Data:
+    """A data set with features in the place of images; `batches(images, augment)` as for `features_of`."""
+
+    def compute(images: ImageSet, augment: Augment) -> ImageSet:
+        return features_of(model, images, batches(images, augment), autocast)
+
+    train, test = compute(data.train, augment), compute(data.test, eval_augment)
+    valid = test if data.valid is data.test else compute(data.valid, eval_augment)
+    return replace(data, train=train, valid=valid, test=test)
+
+
+def is_random(a: Augment) -> bool:
     """Whether an augmentation gives an image another way each time; one of a class of its own may."""
-    a = augment
     return type(a) is not Augment or bool(a.scale or a.flip or a.pad or a.rotation or a.operations or a.reprob)

@@ -54,6 +54,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--output_dir", default="output", help="for logs and checkpoints")
     g.add_argument("--log_dir", default="logs", help="for TensorBoard")
     g.add_argument("--overwrite", action="store_true", help="delete this run's files and start anew")
+    g.add_argument("--extend", action="store_true", help="go on with a finished run, its optimizer included, up to more --epochs or --num_steps than it had; the learning rate goes on as in a run of that length")
     g.add_argument("--dry_run", action="store_true", help="check the flags and say what they would do: steps, whether the run is new, unfinished or finished, and how long it would take by finished runs of equal cost")
     g.add_argument("--cells", default=HIDDEN, metavar="FILE", help="with --dry_run: do that for every line of flags in FILE, each in front of the other flags")
     g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=cli.boolean, metavar="true", help="only evaluate --load_model_dir on the test set; writes nothing")
@@ -151,12 +152,13 @@ def eval_parser() -> Parser:
         description="Evaluate a checkpoint, classify single images with it, or look into it. Everything is rebuilt from the checkpoint.\n\n  python eval.py output/RUN_checkpoint.bin\n  python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png\n  python eval.py output/RUN_checkpoint.bin --plot attention errors",
     )
     p.add_argument("checkpoint", help="RUN_checkpoint.bin or RUN_last.bin of train.py")
-    p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set; with --plot attention, look at these")
+    p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set; of a folder all images in it, into predictions.csv; with --plot attention, look at these")
+    p.add_argument("--split", choices=["train", "val", "test"], default="test", help="which images of the data set are scored")
     p.add_argument("--plot", nargs="+", choices=PICTURES, default=None, metavar="KIND", help="draw pictures instead of scoring, as PNG and in the run's TensorBoard folder where that exists: attention (heads, the class token over images, rollout, distance), position (similarity of embeddings), patches (filters), errors (most confident mistakes)")
     p.add_argument("--blocks", type=cli.count, nargs="+", default=None, metavar="N", help="of --plot attention, counted from 0 [four, spread evenly]")
     p.add_argument("--top", type=cli.positive_int, default=5, help="classes shown per image")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    p.add_argument("--output_dir", default=None, help="for the confusion matrix and pictures [the checkpoint's folder]")
+    p.add_argument("--output_dir", default=None, help="for predictions.csv, the confusion matrix and pictures [the checkpoint's folder]")
     p.add_argument("--dataset", choices=DATASETS, default=None, help="whose test images are scored [that of the checkpoint]")
     p.add_argument("--data_dir", default=None, help="where it is looked for [that of the checkpoint]")
     p.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder, as for train.py [that of the checkpoint]")
@@ -254,12 +256,11 @@ def check(args: argparse.Namespace) -> None:
     refuse(headless, "--freeze trains the head alone, of weights that --pretrained_dir FILE gives; it is missing")
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
+    refuse(args.extend and args.overwrite, "--extend goes on with a run, --overwrite deletes it; leave one out")
     refuse(args.validate and not args.load_model_dir, "-v evaluates --load_model_dir FILE, which is missing")
     weights = args.pretrained_dir or args.load_model_dir
     way_out = "put downloaded weights there, or leave the flag out to start from scratch"
     refuse(weights and not os.path.isfile(weights), f"{weights}: no such file; {way_out}")
-    if args.num_steps and args.warmup_steps is not None:
-        check_warmup(args.warmup_steps, args.num_steps)
     for flag in () if args.validate else ("output_dir", "log_dir"):
         place = Path(getattr(args, flag))
         while not os.path.lexists(place):
@@ -278,13 +279,10 @@ def check_eval(args: argparse.Namespace) -> None:
     refuse(data, "--images classifies single files; leave out --dataset and --data_dir")
     others = " ".join(sorted({*plots} - {"attention"}))
     refuse(images and others, f"--images goes with --plot attention alone; draw {others} without --images")
+    folder = plots and next((image for image in images if os.path.isdir(image)), None)
+    refuse(folder, f"--images {folder}: --plot attention looks at single files")
     many = plots and len(images) > MAX_IMAGES
     refuse(many, f"--plot attention has room for {MAX_IMAGES} images, not {len(images)}")
-
-
-def check_warmup(warmup_steps: int, num_steps: int) -> None:
-    text = f"the warm-up of {warmup_steps} steps is not shorter than the run of {num_steps}; lower --warmup_steps"
-    refuse(warmup_steps >= num_steps, text)
 
 
 def resolve_normalization(args: argparse.Namespace, checkpoint_args: dict | None) -> None:
@@ -295,8 +293,8 @@ def resolve_normalization(args: argparse.Namespace, checkpoint_args: dict | None
         args.mean, args.std = map(list, NORMALIZE["half"])
 
 
-def resolve_steps(args: argparse.Namespace, images: int) -> None:
-    """Fill in num_steps, epochs and warmup_steps now that the number of training images is known."""
+def resolve_steps(args: argparse.Namespace, images: int) -> list[str]:
+    """Fill in num_steps, epochs and warmup_steps now that the number of training images is known; lines for the log."""
     per_epoch = images * args.ra / args.train_batch_size
     if args.num_steps is None:
         args.num_steps = max(1, round(args.epochs * per_epoch))
@@ -305,7 +303,12 @@ def resolve_steps(args: argparse.Namespace, images: int) -> None:
         args.warmup_steps = round(args.warmup_epochs * per_epoch)
     elif args.warmup_steps is None:
         args.warmup_steps = 500 if args.num_steps > 500 else args.num_steps // 10
-    check_warmup(args.warmup_steps, args.num_steps)
+    if args.warmup_steps < args.num_steps:
+        return []
+    asked, args.warmup_steps = args.warmup_steps, args.num_steps // 10
+    return [
+        f"Warm-up: {args.warmup_steps} steps, as the {asked} asked for are not fewer than the run's {args.num_steps}"
+    ]
 
 
 def precision(args: argparse.Namespace) -> str:
