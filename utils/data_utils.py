@@ -43,7 +43,7 @@ def batch_index(step: int, batch_size: int, n: int, seed: int, ra: int = 1) -> t
     return torch.cat([copies[k::ra].roll(-k) for k in range(ra)])
 
 
-PART = 2**27  # bytes of a part of a batch of many sizes
+PART = 2**24  # bytes of a part of a batch of many sizes
 
 
 class _Decode(torch.utils.data.Dataset):
@@ -76,21 +76,29 @@ class _Decode(torch.utils.data.Dataset):
 
 
 def _augmented(source: Uniform | Ragged, ids: torch.Tensor, params: dict, augment: Augment) -> torch.Tensor:
-    """Images of a source in memory, augmented; of many sizes in parts that are PART bytes, or one image, at most.
+    """Images of a source in memory, augmented; those of many sizes in parts of similar ones.
 
-    Each part is padded to its largest height and width, and has weights that resize these.
+    A part is padded to its largest height and width, and has weights that resize these. It takes PART bytes, or one
+    image, at most, and no more than twice what its images do by themselves.
     """
     if isinstance(source, Uniform):
         return augment(source.take(ids), params)
-    ends, height, width = [0], 0, 0
-    for i, (h, w) in enumerate(source.sizes[ids].tolist()):
-        height, width = max(height, h), max(width, w)
-        if (i + 1 - ends[-1]) * (3 * height * width + 4 * augment.size * (height + width)) > PART and i > ends[-1]:
+    sizes = source.sizes[ids]
+    order = (sizes[:, 0] * int(sizes.max() + 1) + sizes[:, 1]).argsort(stable=True)
+    ends, height, width, own = [0], 0, 0, 0
+    for i, (h, w) in enumerate(sizes[order].tolist()):
+        height, width, own = max(height, h), max(width, w), own + h * w
+        n = i + 1 - ends[-1]
+        taken = n * (3 * height * width + 4 * augment.size * (height + width))
+        if n > 1 and (taken > PART or n * height * width > 2 * own):
             ends.append(i)
-            height, width = h, w
-    parts = [slice(*part) for part in pairwise([*ends, len(ids)])]
-    done = [augment(source.take(ids[part]), {name: value[part] for name, value in params.items()}) for part in parts]
-    return done[0] if len(done) == 1 else torch.cat(done)
+            height, width, own = h, w, h * w
+    batch = None
+    for part in (order[begin:end] for begin, end in pairwise([*ends, len(ids)])):
+        done = augment(source.take(ids[part]), {name: value[part] for name, value in params.items()})
+        batch = done.new_empty(len(ids), *done.shape[1:]) if batch is None else batch
+        batch[part.to(batch.device)] = done
+    return batch
 
 
 def _fits_shared_memory(needed: int) -> bool:
