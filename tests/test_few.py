@@ -138,7 +138,7 @@ def test_class_weights_in_a_run(tmp_path):
     words = [word for word in TINY if word not in ("--dataset", "fashionmnist-mini")]
     words += ["--data_dir", tmp_path / "photos", "--train_batch_size", 4, "--num_steps", 2, *places(tmp_path)]
     out = run("--name", "run", *words, "--class_weights", "balanced").stdout
-    assert "Class weights: 0.625 to 2.5" in out
+    assert "class_weights balanced" in out
 
 
 def test_training_accuracy_is_recorded(tmp_path):
