@@ -36,7 +36,7 @@ from eval import evaluate
 from utils import checkpoint, data_utils, device, dist_util, results, scheduler, seeds, weights
 from utils.anomaly import Anomaly, NonFinite
 from utils.augment import eval_augment, make_mix, train_augment
-from utils.cli import UserError
+from utils.cli import UserError, refuse
 from utils.datasets import Data, ImageSet, load_data
 from utils.dist_util import Processes
 from utils.log_util import RunLog, gflops, run_description, run_facts
@@ -70,11 +70,10 @@ class Progress:
 class Trainer:
     """A run: model, optimizer and data, its files, and the steps from the first to the last.
 
-    `args` are resolved and `data` is on the device, as `prepare` has them; `keep_head` says whether the head of the
-    weights it starts from is for the same classes.
+    `args` are resolved, `data` is on the device and `source` holds the weights to start from, as `prepare` has them.
     """
 
-    def __init__(self, args: Namespace, processes: Processes, data: Data, keep_head: bool):
+    def __init__(self, args: Namespace, processes: Processes, data: Data, source: weights.WeightFile | None):
         self.args, self.processes, self.data, self.device = args, processes, data, processes.device
         self.precision, self.precision_note = device.usable_precision(options.precision(args), self.device)
         self.config = options.model_config(args) | {"num_classes": len(data.classes)}
@@ -82,9 +81,10 @@ class Trainer:
         self.model = make_model(args, len(data.classes))
         if (args.grad_checkpoint or args.layer_decay != 1) and not hasattr(self.model, "blocks"):
             raise UserError(f"--grad_checkpoint and --layer_decay go by a model's blocks; {args.model_type} has none")
-        self.weights = weights.load_start(self.model, args.pretrained_dir, args.load_model_dir, keep_head)
+        self.weights = load_source(self.model, source, args, data)
         self.model.to(self.device)
         self.model, self.notes = dist_util.share_statistics(self.model, processes)
+        self.notes += weights.check_pixels(source, args.mean, args.std) if source else []
         self.statistics = dist_util.statistics_of(self.model)
         self.average = Average(self.model, args.ema_decay) if args.ema_decay else None
         self.kept_model = self.average.module if self.average else self.model  # what is evaluated and kept
@@ -317,13 +317,24 @@ def score(
     return evaluate(model, batches, num_classes, processes.device, precision)
 
 
-def validate_only(args: Namespace, processes: Processes, data: Data) -> None:
+def load_source(model: nn.Module, source: weights.WeightFile | None, args: Namespace, data: Data) -> str:
+    """Put the weights that --pretrained_dir or --load_model_dir names into a model; a line for the log."""
+    if source is None:
+        return "from scratch"
+    same_classes = source.own.get("classes", data.classes) == data.classes
+    exact = bool(args.load_model_dir)
+    refuse(exact and not same_classes, f"{source.path} has other classes than {args.dataset}; try --pretrained_dir")
+    return f"{source.path}: {weights.load_weights(model, source, same_classes, exact)}"
+
+
+def validate_only(args: Namespace, processes: Processes, data: Data, source: weights.WeightFile) -> None:
     """Evaluate --load_model_dir on the test set, without writing anything."""
     model = make_model(args, len(data.classes))
-    weights.load_start(model, None, args.load_model_dir, keep_head=True)
+    loaded = [f"Weights: {load_source(model, source, args, data)}", *weights.check_pixels(source, args.mean, args.std)]
     precision, _ = device.usable_precision(options.precision(args), processes.device)
     result = score(args, processes, len(data.classes), precision, model.to(processes.device), data.test)
     if processes.main:
+        print(*loaded, sep="\n")
         print(f"Valid Loss: {result['loss']:.5f}")
         print(f"Valid Accuracy: {result['accuracy']:.5f} ({result['correct']}/{result['seen']})")
 
@@ -334,16 +345,20 @@ def check_sizes(args: Namespace) -> None:
         make_model(args)
 
 
-def prepare(args: Namespace) -> tuple[Processes, Data, bool]:
-    """Start the processes, load the data, and fill in the flags that depend on them.
+def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None]:
+    """Start the processes, load data and weights, and fill in the flags that depend on them.
 
     Returns:
-        This process's place; the data on its device; and whether the weights to start from are for the same classes.
+        This process's place; the data on its device; and the weights to start from, None without any.
     """
     processes = dist_util.start(args.device, args.gpu_id)
+    path = args.pretrained_dir or args.load_model_dir
+    source = weights.read_weights(path) if path else None
+    if args.load_model_dir and source.own.get("config"):
+        config = source.own["config"]
+        options.resolve_model(args, config, MODELS.get(config["model_type"], {}))
+    options.resolve_normalization(args, source and source.normalize)
     check_sizes(args)
-    source = checkpoint.read_own(args.pretrained_dir or args.load_model_dir)
-    options.resolve_normalization(args, source.get("args"))
     if args.memory_limit is None:  # whether images are kept or streamed; a continued run keeps what it had
         begun = RunFiles(args.output_dir, args.log_dir, run_id(args)).record("start") or {}
         limit = None if args.validate or args.overwrite else begun.get("memory_limit")
@@ -354,12 +369,9 @@ def prepare(args: Namespace) -> tuple[Processes, Data, bool]:
             args.dataset, args.data_dir, train=not args.validate, val_fraction=args.val_fraction, seed=args.seed,
             emnist_split=args.emnist_split, memory_limit=args.memory_limit,
         )  # fmt: skip
-    same_classes = source.get("classes", data.classes) == data.classes
-    if args.load_model_dir and not same_classes:
-        raise UserError(f"{args.load_model_dir} has other classes than {args.dataset}; fine-tune with --pretrained_dir")
     if not args.validate:
         options.resolve_steps(args, len(data.train))
-    return processes, data.to(processes.device), same_classes
+    return processes, data.to(processes.device), source
 
 
 def main(args: Namespace) -> int:
@@ -369,9 +381,9 @@ def main(args: Namespace) -> int:
             check_sizes(cell)
         results.print_plans(cells)
         return 0
-    processes, data, same_classes = prepare(args)
+    processes, data, source = prepare(args)
     if args.validate:
-        validate_only(args, processes, data)
+        validate_only(args, processes, data, source)
         return 0
     files = RunFiles(args.output_dir, args.log_dir, run_id(args))
     if not args.overwrite:
@@ -382,7 +394,7 @@ def main(args: Namespace) -> int:
             if processes.main:
                 print(f"{files.id} is finished: {results.scores(files)}")
             return 0
-    trainer = Trainer(args, processes, data, keep_head=same_classes)
+    trainer = Trainer(args, processes, data, source)
     with contextlib.ExitStack() as until_end:
         dist_util.on_first(processes, lambda: until_end.enter_context(files.lock()))
         if args.overwrite:

@@ -77,7 +77,7 @@ FLAGS = [
     ("--dim 1000000000000", "1000000000000 is above 2147483647"),
     ("--num_workers 100000", "100000 is above 1024"),
     ("--pretrained_dir nowhere.npz", "nowhere.npz: no such file"),
-    ("--pretrained_dir {bad}", "{bad}: no such file"),
+    ("--pretrained_dir {bad}", "{bad}: a folder; name the file in it"),
     ("--dry_run --pretrained_dir nowhere.npz", "nowhere.npz: no such file"),
     ("--load_model_dir nowhere.bin", "nowhere.bin: no such file"),
     ("--load_model_dir {bad}/text --pretrained_dir {bad}/text", "exclude each other"),
@@ -376,7 +376,8 @@ FILES = [
     ("--pretrained_dir {bad}/flat.npz", "flat.npz: no readable .npz of Google's"),
     ("--pretrained_dir {bad}/object.npz", "object.npz: no readable .npz of Google's (Object arrays cannot"),
     ("--pretrained_dir {bad}/google.npz --depth 3", "has 2 blocks, the model 3"),
-    ("--load_model_dir {bad}/google.npz -v true --img_size 7 --patch_size 1", "google.npz: patch_embed.proj.weight is"),
+    ("--pretrained_dir {bad}/google.npz --img_size 8 --patch_size 1", "google.npz: patch_embed.proj.weight is"),
+    ("--load_model_dir {bad}/google.npz -v true", "pre_logits.weight, pre_logits.bias: no place for it in ViT"),
     ("--epochs 0.01 --warmup_epochs 1", "not shorter than the run"),
     ("--device cuda --gpu_id 99", "torch sees no GPU here"),
     ("--val_fraction 0.999 --dataset imagefolder --data_dir {bad}/fine", "leaves no training images"),
@@ -452,7 +453,7 @@ def test_checkpoints(good, tmp_path, kind):
 
 EVAL = [
     ("{bad}/none.bin", "none.bin: no such file"),
-    ("{bad}", "no such file"),
+    ("{bad}", ": a folder; name the file in it"),
     ("{bad}/evil.pth", "evil.pth: refused"),
     ("{good} --images {bad}/none.png", "none.png: not a readable image (No such file"),
     ("{good} --images {bad}/text", "text: not a readable image"),

@@ -64,7 +64,14 @@ DEMS = MIXED | dict(
     decay_by="epoch",
 )
 DEMS_FINE = DEMS | dict(
-    aug="none", scale=None, interpolation="bilinear", drop_path=0.2, epochs=100, warmup_epochs=0, learning_rate=1e-3
+    aug="none",
+    scale=None,
+    interpolation="bilinear",
+    drop_path=0.2,
+    epochs=100,
+    warmup_epochs=0,
+    learning_rate=1e-3,
+    attn_drop=0,
 )
 STUDY = MIXED | dict(
     aug="strong",
@@ -73,7 +80,10 @@ STUDY = MIXED | dict(
     min_lr=1e-5,
     crop_pct=0.875,
     decay_by="step",
-    disable_weight_decay_on_bias_norm=False,
+    decay_type="timm",
+    attn_drop=0,  # the study's flag for it is swallowed
+    disable_weight_decay_on_bias_norm=True,
+    weight_decay_on_all=False,
 )
 VIT = STUDY | dict(
     model_type="ViT-Ti_16",
@@ -86,8 +96,9 @@ VIT = STUDY | dict(
     learning_rate=1e-3,
     warmup_lr=1e-6,
     dropout=0,
+    init="timm",
 )
-LONG = STUDY | dict(scale=[0.2, 1], reprob=0.25, train_batch_size=1024, epochs=800, learning_rate=2e-3, attn_drop=0.05)
+LONG = STUDY | dict(scale=[0.2, 1], reprob=0.25, train_batch_size=1024, epochs=800, learning_rate=2e-3)
 FINE = LONG | dict(
     aug="weak",
     scale=[1, 1],
@@ -95,7 +106,8 @@ FINE = LONG | dict(
     epochs=100,
     learning_rate=4e-3,
     drop_path=0.2,
-    disable_weight_decay_on_bias_norm=True,
+    disable_weight_decay_on_bias_norm=False,  # there, a flag of that name has the opposite effect
+    weight_decay_on_all=True,
 )
 MVIT = dict(model_type="MViT-Ti", img_sizes=[16, 32], warmup_epochs=0)
 KERAS = dict(dataset="cifar100", model_type="ViT-B_16", aug="keras", scale=[0.8, 1])

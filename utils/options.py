@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from utils import cli
-from utils.cli import Parser, Replaces, refuse, world_size
+from utils.cli import Parser, Replaces, UserError, refuse, world_size
 from utils.presets import AUGS, DATASETS, MAX_IMAGES, NORMALIZE, PICTURES
 from utils.run_files import MAX_RUN_ID, run_id
 
@@ -21,6 +21,8 @@ ALIASES = {
     "--local-rank": "--local_rank",
 }  # fmt: skip
 HIDDEN = argparse.SUPPRESS
+MODEL = dict(model_type="ViT-B_16", norm_type="LN", img_size=224)  # defaults, where no checkpoint says it
+SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()
 
 
 # One line a flag; `Parser` ends each text with the default, unless that is given in brackets.
@@ -62,7 +64,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--data_dir", default="data", help="where data sets are looked for and downloaded to; for imagefolder the folder that holds train/ and val/ or test/")
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
     g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
-    g.add_argument("--img_size", type=cli.positive_int, default=224, help="side in pixels that images are resized to")
+    g.add_argument("--img_size", type=cli.positive_int, default=None, help="side in pixels that images are resized to [224, or that of --load_model_dir]")
     g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the checkpoint that is loaded, else half: to -1..1]")
     g.add_argument("--mean", type=cli.real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
     g.add_argument("--std", type=cli.positive, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
@@ -82,11 +84,12 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--crop_pct", type=cli.bounded(float, 0, 1, open_low=True), default=1.0, help="evaluation resizes the short side to img_size / crop_pct and cuts the centre; 1 takes the whole image, stretched to a square")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model_type", choices=model_types, default="ViT-B_16", metavar="TYPE", help=f"one of {' '.join(model_types)}")
-    g.add_argument("--norm_type", choices=norm_types, default="LN")
+    g.add_argument("--model_type", choices=model_types, default=None, metavar="TYPE", help=f"one of {' '.join(model_types)} [ViT-B_16; with --load_model_dir model, norm and sizes are the checkpoint's]")
+    g.add_argument("--norm_type", choices=norm_types, default=None, help="[LN]")
     for name, text in (("patch_size", "pixels"), ("dim", "width"), ("depth", "blocks"), ("heads", "attention heads"), ("mlp_dim", "hidden width of the MLPs")):
         g.add_argument(f"--{name}", type=cli.positive_int, default=None, help=f"{text}, instead of the model type's")
     g.add_argument("--stem", choices=["none", "conv"], default=None, help="ViT with norm LN, and DEMS: conv puts 3x3 convolutions of stride 2 before the patch embedding; --patch_size is a power of 2 [none]")
+    g.add_argument("--init", choices=["published", "timm"], default=None, help="ViT with norm LN: weights from scratch as in the reference, or as timm's: truncated normal, zero biases [published]")
     g.add_argument("--merge_num", type=cli.positive_int, nargs="+", default=None, help="DEMS: tokens that a region keeps at each merge [64 64 for Ti, 64 32 for S]")
     g.add_argument("--merge_layer", type=cli.positive_int, nargs="+", default=None, help="DEMS: the blocks, counted from 1, that the merges come before [6 10]")
     g.add_argument("--img_sizes", type=cli.positive_int, nargs="+", default=None, help="MViT: sides in pixels of the scales, the last is --img_size [half of it, and itself]")
@@ -109,9 +112,10 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--warmup_lr", type=cli.non_negative, default=0.0, help="learning rate that the warm-up rises from")
     g.add_argument("--warmup_steps", action=Replaces, const="warmup_epochs", type=cli.count, default=None, help="steps of linear warm-up [500, or a tenth of a run of 500 steps or fewer]")
     g.add_argument("--warmup_epochs", action=Replaces, const="warmup_steps", type=cli.non_negative, default=None, help="the same in epochs, instead of --warmup_steps")
-    g.add_argument("--decay_type", choices=["cosine", "linear"], default="cosine", help="after the warm-up")
-    g.add_argument("--decay_by", choices=["step", "epoch"], default="step", help="the learning rate changes at every step, or once an epoch")
-    g.add_argument("--weight_decay", type=cli.non_negative, default=0.0, help="on all parameters but those that a model exempts, as its position embeddings")
+    g.add_argument("--decay_type", choices=["cosine", "linear", "timm"], default="cosine", help="after the warm-up; timm: the cosine of timm's scheduler, which counts from the start of the run")
+    g.add_argument("--decay_by", choices=["step", "epoch"], default="step", help="the learning rate changes at every step, or once an epoch, as DEMS has it: full in the last epoch of the warm-up")
+    g.add_argument("--weight_decay", type=cli.non_negative, default=0.0, help="on all parameters but those that a model exempts, as its position embeddings; with sgd on all, as in jeonsworld's")
+    g.add_argument("--weight_decay_on_all", action="store_true", help="weight decay on what a model exempts, too")
     g.add_argument("--disable_weight_decay_on_bias_norm", action="store_true", help="no weight decay on biases and norms either")
     g.add_argument("--layer_decay", type=cli.bounded(float, 0, 1, open_low=True), default=1.0, help="learning rate of each block, as a factor of that of the block above")
     g.add_argument("--ema_decay", type=cli.rate, default=0.0, help="average the weights exponentially with this decay; the average is what is evaluated and kept, the raw weights are scored beside it; 0 turns it off")
@@ -196,7 +200,6 @@ def parse_train_args(
 
 def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
     args = parser.parse_args(words, check)
-    args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
     args.fp16 = args.fp16 and args.fp16_opt_level != "O0"
     if (args.learning_rate, args.blr) == (None, None):
         args.learning_rate = 0.03 if args.opt == "sgd" else 0.001
@@ -214,7 +217,10 @@ def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict one another, with the value and the way out."""
+    """Refuse flags that contradict one another, with the value and the way out; fill in the model that is meant."""
+    args.asked = {name: value for name in (*MODEL, *SIZES) if (value := getattr(args, name)) is not None}
+    vars(args).update(MODEL | args.asked)
+    args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
     name, batch, scale = args.name, args.train_batch_size, args.scale
     usable = name and not name.startswith(".") and name.isprintable() and not set(name) & {*"/\\"}
     refuse(not usable, f"--name {name!r} must be usable as a file name: no slash, no leading dot")
@@ -241,7 +247,8 @@ def check(args: argparse.Namespace) -> None:
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
     refuse(args.validate and not args.load_model_dir, "-v evaluates --load_model_dir FILE, which is missing")
     weights = args.pretrained_dir or args.load_model_dir
-    way_out = "put downloaded weights there, or leave the flag out to start from scratch"
+    refuse(weights and os.path.isdir(weights), f"{weights}: a folder; name the file in it, as model.safetensors")
+    way_out = "checkpoint/README.md says where weights are got; leave the flag out to start from scratch"
     refuse(weights and not os.path.isfile(weights), f"{weights}: no such file; {way_out}")
     if args.num_steps and args.warmup_steps is not None:
         check_warmup(args.warmup_steps, args.num_steps)
@@ -271,12 +278,28 @@ def check_warmup(warmup_steps: int, num_steps: int) -> None:
     refuse(warmup_steps >= num_steps, text)
 
 
-def resolve_normalization(args: argparse.Namespace, checkpoint_args: dict | None) -> None:
-    """Without a flag, pixels are normalised as in the checkpoint that the run starts from, or to -1..1."""
-    if args.mean is None and checkpoint_args:
-        args.mean, args.std = checkpoint_args["mean"], checkpoint_args["std"]
-    elif args.mean is None:
-        args.mean, args.std = map(list, NORMALIZE["half"])
+def resolve_model(args: argparse.Namespace, config: dict, row: dict) -> None:
+    """Take model and sizes of the checkpoint that --load_model_dir names, but for an --img_size that is given.
+
+    `config` is what made its model, `row` that of its type in MODELS. UserError where a flag asks for another model.
+    """
+    words = {"img_size": "image_size", "img_sizes": "image_sizes"}
+    for name in (*MODEL, *SIZES):
+        word = words.get(name, name)
+        its, whole, asked = config.get(word), (row | config).get(word), args.asked.get(name)
+        if name == "stem":
+            its = whole = "conv" if config.get("conv_stem") else None
+            asked = None if asked == "none" and not its else asked
+        if asked is None:
+            setattr(args, name, its)
+        elif name != "img_size" and asked != (list(whole) if isinstance(whole, tuple) else whole):
+            raise UserError(f"{args.load_model_dir} has {name} {whole}, not {asked}; leave --{name} out")
+
+
+def resolve_normalization(args: argparse.Namespace, pixels: tuple[list[float], list[float]] | None) -> None:
+    """Without a flag, pixels are normalised as for the weights that the run starts from, or to -1..1."""
+    if args.mean is None:
+        args.mean, args.std = map(list, pixels or NORMALIZE["half"])
 
 
 def resolve_steps(args: argparse.Namespace, images: int) -> None:
@@ -302,7 +325,7 @@ def model_config(args: argparse.Namespace) -> dict:
 
     What the flags leave to the model is not among them, so a model need not know the words of another.
     """
-    names = "patch_size dim depth heads mlp_dim merge_num merge_layer dropout".split()
+    names = "patch_size dim depth heads mlp_dim merge_num merge_layer dropout init".split()
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     overrides |= {name: getattr(args, name) for name in ("attn_drop", "drop_path") if getattr(args, name)}
     if args.img_sizes:
