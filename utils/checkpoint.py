@@ -5,7 +5,6 @@ needs. They are torch's zip archives of tensors and plain values, whose checksum
 """
 
 import argparse
-import collections
 import contextlib
 import datetime
 import os
@@ -27,7 +26,8 @@ warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
 # Plain values that other programs keep beside their weights; rebuilt by these, whatever class the file names.
 PASSIVE = [
-    argparse.Namespace, collections.defaultdict, dict, list, tuple, set, int, float, str, bool, complex,
+    argparse.Namespace, dict, list, tuple, set, int, float, str, bool, complex,
+    (lambda factory=None: {}, "collections.defaultdict"),
     datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone,
     np.dtype, np.ndarray, *{type(np.dtype(code)) for code in np.typecodes["All"]},
     *((getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
