@@ -5,6 +5,7 @@
     python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png      # class names and probabilities
     python eval.py output/RUN_checkpoint.bin --json                         # for programs
     python eval.py output/RUN_checkpoint.bin --plot attention position patches errors   # pictures
+    python eval.py output/RUN_checkpoint.bin --export model.safetensors     # for timm; .pt2 and .onnx for others
 
 Model, classes, normalisation and precision come from the checkpoint. The confusion matrix is drawn beside it, and so
 are the pictures; those go to the run's TensorBoard folder too, where that exists. From Python:
@@ -35,6 +36,7 @@ from utils.augment import eval_augment
 from utils.cli import refusing
 from utils.datasets import ImageSet, load_data, read_image
 from utils.device import autocast, choose_device, memory_limit, usable_precision
+from utils.export import export
 
 Images = str | Path | Image.Image | torch.Tensor | Sequence[str | Path | Image.Image | torch.Tensor]
 
@@ -78,7 +80,8 @@ class Classifier:
 
     def __init__(self, path: str | Path, state: dict, device: torch.device):
         self.args, self.classes, self.step = Namespace(**state["args"]), state["classes"], state["step"]
-        self.model = create_model(**state["config"])
+        self.config = state["config"]  # words of create_model
+        self.model = create_model(**self.config)
         self.model.load_state_dict(checkpoint.kept_weights(state))
         self.model.to(device).eval()
         self.device, self.name = device, Path(path).stem.removesuffix("_checkpoint")
@@ -115,6 +118,13 @@ class Classifier:
             names = [self.classes[i] for i in label.tolist()]
             answers.append(list(zip(names, probability.tolist(), strict=True)))
         return answers
+
+    def facts(self) -> dict:
+        """What another program needs to know of the model: preparation of images, classes, and what made it."""
+        args = self.args
+        pixels = dict(image_size=args.img_size, image_mean=args.mean, image_std=args.std)
+        pixels |= dict(interpolation=args.interpolation, crop_pct=args.crop_pct)
+        return dict(run=self.name, step=self.step, **pixels, classes=self.classes, model=self.config)
 
     def test_images(self) -> ImageSet:
         """The test images of the data set that `args` name."""
@@ -168,6 +178,9 @@ def main(args: Namespace) -> int:
     if args.plot:
         paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks)
         print(json.dumps(paths) if args.json else "\n".join(paths.values()))
+    elif args.export:
+        beside = export(run.model, args.export, run.facts())
+        print(f"{args.export}: gives the model's logits; {beside}: how to prepare images, and the classes")
     elif args.images:
         answers = dict(zip(args.images, run.predict(args.images, args.top), strict=True))
         if args.json:

@@ -456,9 +456,7 @@ def test_evaluation_resizes_then_cuts_as_timm(height, width, size, crop_pct, int
     """To a level, to which timm rounds: 32 px are enlarged to 36, of which the central 32 are taken."""
     create_transform = pytest.importorskip("timm.data").create_transform
     image = torch.randint(0, 256, (1, 3, height, width), generator=seeded(), dtype=torch.uint8)
-    image = TF.gaussian_blur(
-        image, 5
-    )  # in noise, bicubic overshoots, and Pillow cuts off pass by pass
+    image = TF.gaussian_blur(image, 5)  # in noise, bicubic overshoots, and Pillow cuts off pass by pass
     mean, std = NORMALIZE["half"]
     theirs = create_transform((3, size, size), mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
     ours = Augment(size, mean, std, interpolation=interpolation, crop_pct=crop_pct)

@@ -149,6 +149,7 @@ def eval_parser() -> Parser:
     p.add_argument("checkpoint", help="RUN_checkpoint.bin or RUN_last.bin of train.py")
     p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set; with --plot attention, look at these")
     p.add_argument("--plot", nargs="+", choices=PICTURES, default=None, metavar="KIND", help="draw pictures instead of scoring, as PNG and in the run's TensorBoard folder where that exists: attention (heads, the class token over images, rollout, distance), position (similarity of embeddings), patches (filters), errors (most confident mistakes)")
+    p.add_argument("--export", default=None, metavar="FILE", help="write the model for other programs, with FILE's .json beside it: .safetensors (timm's names), .pt2 (torch.export) or .onnx (needs onnx and onnxscript)")
     p.add_argument("--blocks", type=cli.count, nargs="+", default=None, metavar="N", help="of --plot attention, counted from 0 [four, spread evenly]")
     p.add_argument("--top", type=cli.positive_int, default=5, help="classes shown per image")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
