@@ -83,7 +83,6 @@ FLAGS = [
     ("--load_model_dir {bad}/text --pretrained_dir {bad}/text", "exclude each other"),
     ("-v true", "--load_model_dir"),
     ("-v maybe", "neither true nor false"),
-    ("--fp16 --bf16", "exclude each other"),
     ("--grad_checkpoint --norm_type BN", "BN would count in its statistics"),
     ("--scale 0.9 0.1", "the first is above the second"),
     ("--aug none --scale 0.5 1", "no meaning with --aug none"),
