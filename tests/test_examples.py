@@ -63,7 +63,7 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
 
     with monkeypatch.context() as context:  # a signal during the first step
         context.setattr(Interrupt, "__enter__", lambda self: self.__dict__.update(signum=15, before={}) or self)
-        assert "Signal 15 after step 1; saved" in run("train.py", *FLAGS, *places(cut), status=143)
+        assert "Stopped by SIGTERM after step 1; saved" in run("train.py", *FLAGS, *places(cut), status=143)
     assert "Resuming" in run("train.py", *FLAGS, *places(cut))
     checkpoint = whole / "output" / f"{name}_checkpoint.bin"
     assert same(weights(checkpoint), weights(cut / "output" / checkpoint.name))

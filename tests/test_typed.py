@@ -6,9 +6,11 @@ import shlex
 import pytest
 import torch
 from helpers import ROOT, in_process, places
+from tqdm import tqdm
 
+import train
 from models import MODELS, NORM_TYPES, create_model
-from utils import options
+from utils import cli, options
 
 MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 THEIRS = re.findall(
@@ -72,6 +74,11 @@ def test_their_lines(script, words, weights, tmp_path):
         assert in_process("train.py", *words).returncode == 0
         done = in_process("train.py", "-v", "true", *words)
         assert done.returncode == 0 and "Valid Accuracy" in done.stdout, done.stderr
+        (best,) = (tmp_path / "output").glob("*_checkpoint.bin")
+        assert f"Weights: {best}\n" in done.stdout
+        best.unlink()
+        done = in_process("train.py", "-v", "true", *words)
+        assert done.returncode == 2 and f"-v evaluates --load_model_dir FILE, or {best} or " in done.stderr
         return
     words += [*SHORT.split(), *FAMILY[family][0].split(), *places(tmp_path)]
     if {"-w", "--pretrained", "--pretrained_dir", "--pretrained_weight", "--eval"} & set(words):
@@ -214,3 +221,25 @@ def test_all_mistakes_at_once(capsys):
         "train.py: error: unknown arguments '--foo', '--learnin_rate' (did you mean --learning_rate?), "
         "--amp (use --bf16), --num_classes 3 (comes from the data)\n"
     )
+
+
+def test_the_bar_is_whole_at_80_columns():
+    facts = dict(n=9_999, total=10_000, elapsed=35_000, initial=0, ncols=80, bar_format=train.BAR)
+    line = tqdm.format_meter(**facts, postfix="epoch 100.0, loss 0.512, best 100.0 %")
+    assert len(line) <= 80 and line.endswith("epoch 100.0, loss 0.512, best 100.0 %]"), line
+
+
+def test_a_run_ends_with_the_line_that_evaluates_it(tmp_path):
+    words = [*SHORT.split(), *FAMILY["ViT"][0].split(), *places(tmp_path), "--name", "a b"]
+    line = in_process("train.py", *words).stdout.splitlines()[-3]
+    best, command = re.fullmatch(r"Best checkpoint: (.*), of step 1; python eval.py (.*)", line).groups()
+    assert best == command
+    assert "Top-1 accuracy" in in_process("eval.py", *shlex.split(command)).stdout
+
+
+def test_a_terminal_is_told_what_is_loaded(monkeypatch, capsys):
+    cli.say("Loading")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    cli.say("Loading")
+    assert capsys.readouterr().err == "Loading\n"

@@ -218,6 +218,12 @@ def world_size() -> int:
     return int(world)
 
 
+def say(text: str) -> None:
+    """Tell somebody at a terminal what takes a while; a file that stderr goes to is spared that."""
+    if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
 def run_main(main: Callable, args, explain: Callable = lambda error: None, at_end: Callable = lambda: None) -> None:
     """Call `main(args)` and leave with the status it returns; a UserError becomes one line and status 2.
 
@@ -229,7 +235,7 @@ def run_main(main: Callable, args, explain: Callable = lambda error: None, at_en
     try:
         status = main(args)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("Stopped by Ctrl-C", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
