@@ -167,7 +167,7 @@ def main(args: Namespace) -> int:
     run.args = Namespace(**{**vars(run.args), "memory_limit": memory_limit(run.device), **changed})
     folder = Path(args.output_dir or Path(args.checkpoint).parent)
     if args.plot:
-        paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks)
+        paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks, args.heads)
         print(json.dumps(paths) if args.json else "\n".join(paths.values()))
     elif args.images:
         answers = dict(zip(args.images, run.predict(args.images, args.top), strict=True))

@@ -142,6 +142,7 @@ def eval_parser() -> Parser:
     p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set; with --plot attention, look at these")
     p.add_argument("--plot", nargs="+", choices=PICTURES, default=None, metavar="KIND", help="draw pictures instead of scoring, as PNG and in the run's TensorBoard folder where that exists: attention (heads, the class token over images, rollout, distance), position (similarity of embeddings), patches (filters), errors (most confident mistakes)")
     p.add_argument("--blocks", type=cli.count, nargs="+", default=None, metavar="N", help="of --plot attention, counted from 0 [four, spread evenly]")
+    p.add_argument("--heads", type=cli.count, nargs="+", default=None, metavar="N", help="the same of its heads [the first 12]")
     p.add_argument("--top", type=cli.positive_int, default=5, help="classes shown per image")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--output_dir", default=None, help="for the confusion matrix and pictures [the checkpoint's folder]")
@@ -262,8 +263,9 @@ def check(args: argparse.Namespace) -> None:
 def check_eval(args: argparse.Namespace) -> None:
     """The same for eval.py."""
     plots, images = args.plot or [], args.images or []
-    missing = args.blocks is not None and "attention" not in plots
-    refuse(missing, "--blocks chooses what --plot attention shows, which is missing")
+    for flag in ("blocks", "heads"):
+        missing = getattr(args, flag) is not None and "attention" not in plots
+        refuse(missing, f"--{flag} chooses what --plot attention shows, which is missing")
     data = images and (args.dataset or args.data_dir)
     refuse(data, "--images classifies single files; leave out --dataset and --data_dir")
     others = " ".join(sorted({*plots} - {"attention"}))
