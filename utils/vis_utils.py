@@ -5,6 +5,7 @@ matplotlib is imported where something is drawn, as it takes a while, and torch 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import textwrap
 import unicodedata
@@ -25,19 +26,16 @@ def legible(names: list[str]) -> list[str]:
     """
     from matplotlib import font_manager, rcParams
 
-    def characters(path: str) -> set[int]:
-        try:
-            return set(font_manager.get_font(path).get_charmap())
-        except (OSError, RuntimeError):  # a file that is no font
-            return set()
-
     rcParams["font.family"] = ["DejaVu Sans"]
     missing = {ord(char) for name in names for char in name if char.isprintable()}
-    missing -= characters(font_manager.findfont("DejaVu Sans"))
-    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name) if missing else ():
-        if font.style == "normal" and missing & (found := characters(font.fname)):
-            rcParams["font.family"] = [*rcParams["font.family"], font.name]
-            missing -= found
+    missing -= set(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
+    for path in sorted(font_manager.findSystemFonts()) if missing else ():  # also those newer than matplotlib's cache
+        with contextlib.suppress(OSError, RuntimeError):  # a file that is no font
+            font = font_manager.get_font(path)
+            if missing & (found := set(font.get_charmap())) and not font.style_flags:  # upright, not bold
+                font_manager.fontManager.addfont(path)
+                rcParams["font.family"] = [*rcParams["font.family"], font.family_name]
+                missing -= found
     unknown = {name: f"#{i}" for i, name in enumerate(names) if missing.intersection(map(ord, name))}
     if unknown:
         shown = ", ".join(f"{number} {name}" for name, number in list(unknown.items())[:5])
@@ -52,9 +50,9 @@ def width(text: str, size: float) -> float:
 
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     font.set_size(size, 72)
-    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
-    font.set_text("".join(char for char in text if unicodedata.east_asian_width(char) not in "WF"))
-    return font.get_width_height()[0] / 64 / 72 + wide * size / 72
+    narrow = "".join(char for char in text if _columns(char) == 1)
+    font.set_text(narrow)
+    return font.get_width_height()[0] / 64 / 72 + (len(text) - len(narrow)) * size / 72
 
 
 def wrap(text: str, inches: float, size: float) -> str:
@@ -93,8 +91,17 @@ def legend_below(figure, size: float = 9) -> None:
     figure.set_figheight(figure.get_figheight() + legend.get_window_extent(figure.canvas.get_renderer()).height / 100)
 
 
+def _columns(text: str) -> int:
+    """How many letters a text is as wide as; Chinese, Japanese and Korean characters count two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
 def shorten(text: str, length: int = 20) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    if _columns(text) <= length:
+        return text
+    while _columns(text) > length - 1:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str):
