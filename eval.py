@@ -18,6 +18,7 @@ from utils import cli, options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.eval_parser().parse_args(None, options.check_eval)
+    cli.say("Loading PyTorch ...")
 
 import json
 from argparse import Namespace
@@ -176,7 +177,7 @@ def main(args: Namespace) -> int:
     run.args = Namespace(**{**vars(run.args), "memory_limit": memory_limit(run.device), **changed})
     folder = Path(args.output_dir or Path(args.checkpoint).parent)
     if args.plot:
-        paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks)
+        paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks, args.heads)
         print(json.dumps(paths) if args.json else "\n".join(paths.values()))
     elif args.export:
         beside = export(run.model, args.export, run.facts())

@@ -15,9 +15,12 @@ from utils import cli, options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.parse_train_args(MODELS, NORM_TYPES)
+    cli.say("Loading PyTorch ...")
 
 import contextlib
 import os
+import shlex
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -44,6 +47,7 @@ from utils.optim import Average, make_optimizer, make_scaler
 from utils.run_files import RunFiles, run_id, settings
 
 SAVE_SECONDS = 300  # _last.bin is never older than this,
+BAR = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"  # at most 76 columns and the bar
 SAVE_TIMES = 20  # and is written at evaluations, unless that would take more than a twentieth of the time
 
 
@@ -254,19 +258,24 @@ class Trainer:
             rank=place.rank, world=place.world, device=self.device, num_workers=args.num_workers,
         )  # fmt: skip
         show = place.main and sys.stderr.isatty()
-        bar = tqdm(total=args.num_steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=not show)
+        words = dict(total=args.num_steps, initial=progress.step, dynamic_ncols=True, disable=not show)
+        bar = tqdm(bar_format=BAR, smoothing=0, **words)  # the time that is left is by the whole run's speed
         self.model.train()
-        mark, mark_step = time.monotonic(), progress.step
+        mark, mark_step, first = time.monotonic(), progress.step, progress.step + 1
         while progress.step < args.num_steps:
             loss, norm = self.update(batches)
             bar.update()
+            if progress.step == first:
+                bar.unpause()  # the first step, which compiles and allocates, is no measure
             at_end = progress.step == args.num_steps
             evaluated = progress.step % args.eval_every == 0 or at_end
             if progress.step % args.log_every == 0 or at_end:
                 self.check_finite()
                 loss, norm = dist_util.mean(loss), norm.item()
                 speed = (progress.step - mark_step) * args.train_batch_size / (time.monotonic() - mark)
-                bar.set_postfix_str(f"loss {loss:.4f}, lr {self.lr:.3g}, {speed:.0f} images/s")
+                epoch, best = progress.step * args.epochs / args.num_steps, 100 * progress.best["accuracy"]
+                best = f"{best:.1f} %" if best >= 0 else "-"
+                bar.set_postfix_str(f"epoch {epoch:.1f}, loss {loss:.3f}, best {best}")
                 scalars = {"loss": loss, "lr": self.lr, "gradient_norm": norm, "images_per_second": speed}
                 self.log.scalars(progress.step, {f"train/{name}": value for name, value in scalars.items()})
             if evaluated:
@@ -279,7 +288,9 @@ class Trainer:
                 self.save_last()
             if signum and not at_end:
                 bar.close()
-                self.log.info(f"Signal {signum} after step {progress.step}; saved, the same command goes on from there")
+                by = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+                saved = f"after step {progress.step}; saved, the same command goes on from there"
+                self.log.info(f"Stopped by {by} {saved}")
                 return 128 + signum
         bar.close()
         self.finish()
@@ -298,6 +309,8 @@ class Trainer:
             dist_util.broadcast_model(self.kept_model)
             end["test_accuracy"] = self.score(self.kept_model, self.data.test)["accuracy"]
             self.log.info(f"Test Accuracy: \t{end['test_accuracy']:f} (last step {end['test_accuracy_last']:f})")
+        path = shlex.quote(str(self.files.best))
+        self.log.info(f"Best checkpoint: {path}, of step {progress.best['step']}; python eval.py {path}")
         self.log.info("End Training!", f"last {minutes:.1f} min")
         metrics = dict(best_accuracy=best, last_accuracy=progress.last, minutes=minutes)
         self.log.hparams(progress.step, settings(self.args), metrics)
@@ -364,6 +377,7 @@ def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None
         limit = None if args.validate or args.overwrite else begun.get("memory_limit")
         limit = device.memory_limit(processes.device) if limit is None else limit
         args.memory_limit = min(dist_util.gather(limit))
+    cli.say(f"Loading {args.dataset} from {args.data_dir} ...")
     with dist_util.first_on_each_node(processes):
         data = load_data(
             args.dataset, args.data_dir, train=not args.validate, val_fraction=args.val_fraction, seed=args.seed,
@@ -394,6 +408,7 @@ def main(args: Namespace) -> int:
             if processes.main:
                 print(f"{files.id} is finished: {results.scores(files)}")
             return 0
+    cli.say(f"Building {args.model_type} on {processes.device} ...")
     trainer = Trainer(args, processes, data, source)
     with contextlib.ExitStack() as until_end:
         dist_util.on_first(processes, lambda: until_end.enter_context(files.lock()))

@@ -83,7 +83,6 @@ FLAGS = [
     ("--load_model_dir {bad}/text --pretrained_dir {bad}/text", "exclude each other"),
     ("-v true", "--load_model_dir"),
     ("-v maybe", "neither true nor false"),
-    ("--fp16 --bf16", "exclude each other"),
     ("--grad_checkpoint --norm_type BN", "BN would count in its statistics"),
     ("--scale 0.9 0.1", "the first is above the second"),
     ("--aug none --scale 0.5 1", "no meaning with --aug none"),
@@ -492,7 +491,7 @@ def test_files_that_are_no_runs_are_named_and_left_out(good, bad, tmp_path):
     for kind, path in kinds.items():
         shutil.copy(path, tmp_path / path.name.replace("run_", f"{kind}_"))
     done = in_process("plot.py", tmp_path)
-    assert done.returncode == 0 and "| ViT-Ti_16 " in done.stdout
+    assert done.returncode == 0 and "| ViT-Ti_16" in done.stdout
     for kind, line in zip(kinds, done.stderr.splitlines(), strict=True):
         assert line.startswith(f"plot.py: left out: {tmp_path}/{kind}_ViT-Ti_16"), line
 

@@ -6,20 +6,14 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils import cli
-from utils.cli import Parser, Replaces, UserError, refuse, world_size
+from utils import cli, foreign
+from utils.cli import Parser, Precision, Replaces, UserError, refuse, world_size
 from utils.presets import AUGS, DATASETS, MAX_IMAGES, NORMALIZE, PICTURES
-from utils.run_files import MAX_RUN_ID, run_id
+from utils.run_files import MAX_RUN_ID, RunFiles, run_id
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # for this process
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 
-# Names that flags of train.py have in jeonsworld/ViT-pytorch, RescaleViT, DEMS and vitookit.
-ALIASES = {
-    "--model": "--model_type", "--batch_size": "--train_batch_size", "--lr": "--learning_rate",
-    "--label_smoothing": "--smoothing", "--data_path": "--data_dir", "--data_location": "--data_dir",
-    "--local-rank": "--local_rank",
-}  # fmt: skip
 HIDDEN = argparse.SUPPRESS
 MODEL = dict(model_type="ViT-B_16", norm_type="LN", img_size=224)  # defaults, where no checkpoint says it
 SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()
@@ -40,7 +34,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     """The parser of train.py; `model_types` and `norm_types` are choices."""
     p = Parser(
         prog="train.py",
-        usage="train.py --name NAME [FLAGS]\n       train.py @recipes/NAME.args [FLAGS]",
+        usage="train.py [FLAGS]\n       train.py @recipes/NAME.args [FLAGS]",
         description="Train, fine-tune or validate one Vision Transformer on one data set.\n\n"
         "  python train.py @recipes/demo.args                       flags from a file, more may follow\n"
         "  python train.py --name c10 --dataset cifar10 --model_type ViT-B_32 --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz\n"
@@ -48,19 +42,19 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
         epilog="Results: output/RUN.txt, .jsonl, _checkpoint.bin (best) and _last.bin (to continue); logs/RUN for TensorBoard.\nThe same command again continues an unfinished run and leaves a finished one alone.",
     )
     g = p.add_argument_group("run")
-    g.add_argument("--name", required=True, help="begins the run id {name}_{model_type}_norm_{norm_type}_fp_{True|False}_img_{size}_pretrain_{T|F}[_seed_N]")
+    g.add_argument("--name", default=None, help="begins the run id {name}_{model_type}_norm_{norm_type}_fp_{True|False}_img_{size}_pretrain_{T|F}[_seed_N] [the data set's]")
     g.add_argument("--output_dir", default="output", help="for logs and checkpoints")
     g.add_argument("--log_dir", default="logs", help="for TensorBoard")
     g.add_argument("--overwrite", action="store_true", help="delete this run's files and start anew")
     g.add_argument("--dry_run", action="store_true", help="check the flags and say what they would do: steps, whether the run is new, unfinished or finished, and how long it would take by finished runs of equal cost")
     g.add_argument("--cells", default=HIDDEN, metavar="FILE", help="with --dry_run: do that for every line of flags in FILE, each in front of the other flags")
-    g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=cli.boolean, metavar="true", help="only evaluate --load_model_dir on the test set; writes nothing")
+    g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=cli.boolean, metavar="true", help="only evaluate --load_model_dir, or this run's best checkpoint, on the test set; writes nothing")
     g.add_argument("--seed", type=cli.count, default=42, help="every random choice is a function of (seed, step)")
     g.add_argument("--local_rank", type=int, default=-1, help=HIDDEN)  # of old launchers
     _add_device_flags(g)
 
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=DATASETS, default="cifar10", help="fashionmnist-mini is in the repository")
+    g.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default="cifar10", help="fashionmnist-mini is in the repository")
     g.add_argument("--data_dir", default="data", help="where data sets are looked for and downloaded to; for imagefolder the folder that holds train/ and val/ or test/")
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
     g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
@@ -72,6 +66,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
 
     g = p.add_argument_group("augmentation")
     g.add_argument("--aug", choices=AUGS, default="crop", help="none; flip; pad: 4 pixels, crop back, flip; crop: random resized crop; weak: crop of the whole area at another ratio, flip; strong: crop, flip, RandAugment; dems: crop, flip, colour jitter, grayscale, solarise, rarer towards the end; keras: crop, flip, rotation by up to 7.2 degrees")
+    g.add_argument("--aa", dest="aug", type=cli.choice(AUGS, foreign.AUGS), default=HIDDEN, help=HIDDEN)  # timm's names
     g.add_argument("--scale", type=cli.bounded(float, 0, 1, open_low=True), nargs=2, default=None, metavar=("LO", "HI"), help="area of the random resized crop, of the image [0.05 1 for crop, 1 1 for weak, 0.8 1 for strong and keras, 0.2 1 for dems]")
     g.add_argument("--interpolation", choices=["bilinear", "bicubic"], default=None, help="[bicubic for weak, strong and dems, else bilinear]")
     g.add_argument("--aug_prob", type=cli.fraction, default=None, help="of dems' jitter, grayscale and solarise, each, in the first epoch; falls to 0 as half a cosine [0.6 for dems]")
@@ -123,8 +118,9 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--smoothing", type=cli.rate, default=0.0, help="label smoothing")
 
     g = p.add_argument_group("precision and speed")
-    g.add_argument("--fp16", action="store_true", help="mixed precision: float16 with a gradient scaler on CUDA; elsewhere bfloat16, which a line says")
-    g.add_argument("--bf16", action="store_true", help="mixed precision: bfloat16, no scaler needed")
+    g.add_argument("--fp16", action=Precision, help="mixed precision: float16 with a gradient scaler on CUDA; elsewhere bfloat16, which a line says")
+    g.add_argument("--bf16", action=Precision, help="mixed precision: bfloat16, no scaler needed; of --fp16 and --bf16 the last one given counts")
+    g.add_argument("--no_amp", action=Precision, default=HIDDEN, help=HIDDEN)  # neither
     g.add_argument("--fp16_opt_level", choices=["O0", "O1", "O2", "O3"], default="O2", help=HIDDEN)  # Apex's: O0 is float32
     g.add_argument("--loss_scale", type=cli.non_negative, default=0.0, help=HIDDEN)  # of float16: 0 adapts it, another value stays fixed
     g.add_argument("--detect_anomaly", action="store_true", help="when loss or gradient is not finite, say which module made it so; slow, and without --compile; a run that stopped can go on with it")
@@ -134,8 +130,8 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g = p.add_argument_group("logging")
     g.add_argument("--eval_every", type=cli.positive_int, default=100, help="steps between evaluations; the last step is always evaluated")
     g.add_argument("--save_every", type=cli.count, default=0, help="steps between saves of _last.bin besides those at evaluations and every 5 minutes; 0 for none")
+    g.add_argument("--ckpt_freq", type=cli.positive_int, default=None, help=HIDDEN)  # --save_every in epochs
     g.add_argument("--log_every", type=cli.positive_int, default=10, help="steps between training scalars in TensorBoard")
-    p.add_aliases(ALIASES)
     return p
 
 
@@ -151,10 +147,11 @@ def eval_parser() -> Parser:
     p.add_argument("--plot", nargs="+", choices=PICTURES, default=None, metavar="KIND", help="draw pictures instead of scoring, as PNG and in the run's TensorBoard folder where that exists: attention (heads, the class token over images, rollout, distance), position (similarity of embeddings), patches (filters), errors (most confident mistakes)")
     p.add_argument("--export", default=None, metavar="FILE", help="write the model for other programs, with FILE's .json beside it: .safetensors (timm's names), .pt2 (torch.export) or .onnx (needs onnx and onnxscript)")
     p.add_argument("--blocks", type=cli.count, nargs="+", default=None, metavar="N", help="of --plot attention, counted from 0 [four, spread evenly]")
+    p.add_argument("--heads", type=cli.count, nargs="+", default=None, metavar="N", help="the same of its heads [the first 12]")
     p.add_argument("--top", type=cli.positive_int, default=5, help="classes shown per image")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--output_dir", default=None, help="for the confusion matrix and pictures [the checkpoint's folder]")
-    p.add_argument("--dataset", choices=DATASETS, default=None, help="whose test images are scored [that of the checkpoint]")
+    p.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, help="whose test images are scored [that of the checkpoint]")
     p.add_argument("--data_dir", default=None, help="where it is looked for [that of the checkpoint]")
     p.add_argument("--emnist_split", choices=EMNIST_SPLITS, default=None, help="[that of the checkpoint]")
     p.add_argument("--eval_batch_size", type=cli.positive_int, default=None, help="images per forward pass [that of the checkpoint]")
@@ -218,7 +215,10 @@ def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict one another, with the value and the way out; fill in the model that is meant."""
+    """Refuse flags that contradict one another, with the value and the way out; fill in the run's name, the model that
+    is meant, and what -v evaluates.
+    """
+    args.name = args.dataset if args.name is None else args.name
     args.asked = {name: value for name in (*MODEL, *SIZES) if (value := getattr(args, name)) is not None}
     vars(args).update(MODEL | args.asked)
     args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
@@ -243,10 +243,17 @@ def check(args: argparse.Namespace) -> None:
         refuse(not meant, f"--{flag} has no meaning with --aug {args.aug}; --aug {others} would take it")
     twice = args.grad_checkpoint and args.norm_type in ("BN", "Rescale")
     refuse(twice, f"--grad_checkpoint computes blocks twice, which {args.norm_type} would count in its statistics")
-    refuse(args.fp16 and args.bf16, "--fp16 and --bf16 exclude each other")
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
-    refuse(args.validate and not args.load_model_dir, "-v evaluates --load_model_dir FILE, which is missing")
+    if args.validate and not both and not args.load_model_dir:
+        ids = dict.fromkeys((run_id(args), run_id(argparse.Namespace(**vars(args) | {"pretrained_dir": "any"}))))
+        paths = [RunFiles(args.output_dir, args.log_dir, each).best for each in ids]
+        args.load_model_dir = next((str(path) for path in paths if path.is_file()), None)
+        refuse(
+            not args.load_model_dir,
+            f"-v evaluates --load_model_dir FILE, or {' or '.join(map(str, paths))}: no such file",
+        )
+        args.pretrained_dir = None
     weights = args.pretrained_dir or args.load_model_dir
     refuse(weights and os.path.isdir(weights), f"{weights}: a folder; name the file in it, as model.safetensors")
     way_out = "checkpoint/README.md says where weights are got; leave the flag out to start from scratch"
@@ -264,8 +271,9 @@ def check(args: argparse.Namespace) -> None:
 def check_eval(args: argparse.Namespace) -> None:
     """The same for eval.py."""
     plots, images = args.plot or [], args.images or []
-    missing = args.blocks is not None and "attention" not in plots
-    refuse(missing, "--blocks chooses what --plot attention shows, which is missing")
+    for flag in ("blocks", "heads"):
+        missing = getattr(args, flag) is not None and "attention" not in plots
+        refuse(missing, f"--{flag} chooses what --plot attention shows, which is missing")
     data = images and (args.dataset or args.data_dir)
     refuse(data, "--images classifies single files; leave out --dataset and --data_dir")
     others = " ".join(sorted({*plots} - {"attention"}))
@@ -309,6 +317,8 @@ def resolve_steps(args: argparse.Namespace, images: int) -> None:
     if args.num_steps is None:
         args.num_steps = max(1, round(args.epochs * per_epoch))
     args.epochs = args.num_steps / per_epoch
+    if args.ckpt_freq:
+        args.save_every = max(1, round(args.ckpt_freq * per_epoch))
     if args.warmup_epochs is not None:
         args.warmup_steps = round(args.warmup_epochs * per_epoch)
     elif args.warmup_steps is None:
@@ -342,6 +352,8 @@ def describe(args: argparse.Namespace, parser: Parser, titles: Iterable[str]) ->
     for group in parser._action_groups:
         values = {}
         for flag in group._group_actions if group.title in titles else ():
+            if not hasattr(args, flag.dest):  # --no_amp, which is another's value
+                continue
             value, first = getattr(args, flag.dest), flag is group._group_actions[0]
             if value not in off and (first or value != flag.default) or value in off and flag.default not in off:
                 parts = value if isinstance(value, list) else [value]
