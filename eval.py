@@ -3,6 +3,7 @@
     python eval.py output/RUN_checkpoint.bin                                # the data set that it was trained on
     python eval.py output/RUN_checkpoint.bin --dataset imagefolder --data_dir photos   # other data, same classes
     python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png      # class names and probabilities
+    python eval.py output/RUN_checkpoint.bin --images folder                # all images in it: predictions.csv
     python eval.py output/RUN_checkpoint.bin --json                         # for programs
     python eval.py output/RUN_checkpoint.bin --plot attention position patches errors   # pictures
     python eval.py output/RUN_checkpoint.bin --export model.safetensors     # for timm; .pt2 and .onnx for others
@@ -20,7 +21,9 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
     ARGS = options.eval_parser().parse_args(None, options.check_eval)
     cli.say("Loading PyTorch ...")
 
+import csv
 import json
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,14 +33,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 from models import create_model
-from utils import checkpoint, data_utils, dist_util, pictures
-from utils.augment import eval_augment
-from utils.cli import refusing
-from utils.datasets import ImageSet, load_data, read_image
+from utils import checkpoint, data_utils, dist_util, metrics, pictures
+from utils.augment import eval_augment, short_side
+from utils.cli import UserError, refuse, refusing
+from utils.datasets import ImageSet, data_words, load_data, read_image
 from utils.device import autocast, choose_device, memory_limit, usable_precision
 from utils.export import export
+from utils.image_folder import files_in, suffix_of, suffixes
 
 Images = str | Path | Image.Image | torch.Tensor | Sequence[str | Path | Image.Image | torch.Tensor]
 
@@ -94,7 +99,7 @@ class Classifier:
         one = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, torch.Tensor) and images.ndim == 3)
         for image in [images] if one else images:
             if isinstance(image, (str, Path)):
-                image = read_image(image)
+                image = read_image(image, short_side(self.args))
             if isinstance(image, Image.Image):
                 image = pil_to_tensor(image.convert("RGB"))
             if image.is_floating_point():
@@ -129,9 +134,15 @@ class Classifier:
 
     def test_images(self) -> ImageSet:
         """The test images of the data set that `args` name."""
+        return self.images_of("test")
+
+    def images_of(self, split: str) -> ImageSet:
+        """The images of 'train', 'val' or 'test', split as in training. UserError: there are none."""
         args = self.args
-        words = dict(emnist_split=args.emnist_split, memory_limit=args.memory_limit, classes=self.classes)
-        return load_data(args.dataset, args.data_dir, train=False, **words).to(self.device).test
+        words = dict(train=split != "test", classes=self.classes)
+        data = load_data(args.dataset, args.data_dir, **words, **data_words(args)).to(self.device)
+        refuse(split == "val" and data.valid is data.test, f"--split val: {args.dataset} has no validation images")
+        return {"train": data.train, "val": data.valid, "test": data.test}[split]
 
     def batches(self, images: ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images and labels for `evaluate`."""
@@ -150,38 +161,91 @@ def load_run(path: str | Path, device: torch.device | str = "auto") -> Classifie
 
 
 def score(run: Classifier, args: Namespace, folder: Path) -> None:
-    """Evaluate on test images, draw the confusion matrix, and print both."""
+    """Evaluate on a split, draw the confusion matrix, and print both."""
     if not args.json:
-        print(f"{run.name}: step {run.step}, {run.precision}, on {run.device.type}")
-    result = evaluate(run.model, run.batches(run.test_images()), len(run.classes), run.device, run.precision)
+        print(f"{run.name}: step {run.step}, {run.precision}, on {run.device.type}, {args.split} images")
+    images = run.images_of(args.split)
+    result = evaluate(run.model, run.batches(images), len(run.classes), run.device, run.precision)
     picture = pictures.draw_confusion(run, result, folder)
-    confusion = result.pop("confusion").tolist()
-    share = [row[i] / sum(row) if any(row) else None for i, row in enumerate(confusion)]
-    if not args.json:
-        print(f"Top-1 accuracy: {result['accuracy']:.5f} ({result['correct']}/{result['seen']})")
-        print(f"Top-5 accuracy: {result['top5']:.5f}\nLoss: {result['loss']:.5f}\nAccuracy per class:")
-        width = max(map(len, run.classes))
-        for i, (name, part, row) in enumerate(zip(run.classes, share, confusion, strict=True)):
-            print(f"  {name:<{width}}  {'     -' if part is None else f'{part:.4f}'} ({row[i]}/{sum(row)})")
-        print(f"Confusion matrix: {picture}")
+    confusion = result.pop("confusion")
+    by_class, means = metrics.class_scores(confusion), metrics.mean_scores(confusion)
+    worst = metrics.worst_confusions(confusion, run.classes)
+    if len(run.classes) <= 5:  # where it is 1
+        del result["top5"]
+    rows = list(zip(run.classes, *(by_class[name].tolist() for name in by_class), strict=True))
+    if args.json:
+        share = {name: recall if n else None for name, _, recall, _, n in rows}
+        each = {row[0]: dict(zip(by_class, row[1:], strict=True)) for row in rows}
+        facts = dict(checkpoint=args.checkpoint, step=run.step, split=args.split, confusion_png=str(picture))
+        facts |= dict(confusion=confusion.tolist(), per_class=share, classes=each, worst_confusions=worst, **means)
+        print(json.dumps(dict(dataset=run.args.dataset, data_dir=run.args.data_dir, **result, **facts)))
         return
-    facts = dict(checkpoint=args.checkpoint, step=run.step, confusion_png=str(picture), confusion=confusion)
-    facts |= dict(per_class=dict(zip(run.classes, share, strict=True)))
-    print(json.dumps(dict(dataset=run.args.dataset, data_dir=run.args.data_dir, **result, **facts)))
+    print(f"Top-1 accuracy: {result['accuracy']:.5f} ({result['correct']}/{result['seen']})")
+    if "top5" in result:
+        print(f"Top-5 accuracy: {result['top5']:.5f}")
+    print(f"Loss: {result['loss']:.5f}\nBalanced accuracy: {means['balanced_accuracy']:.5f}")
+    width = max(len("mean of the classes"), *map(len, run.classes))
+    print(f"  {'Class':<{width}}  precision  recall      F1  images")
+    for name, *three, n in rows:
+        print(f"  {name:<{width}}     {three[0]:.4f}  {three[1]:.4f}  {three[2]:.4f}  {n:>6}")
+    three = [means[f"macro_{name}"] for name in ("precision", "recall", "f1")]
+    print(f"  {'mean of the classes':<{width}}     {three[0]:.4f}  {three[1]:.4f}  {three[2]:.4f}  {result['seen']:>6}")
+    for true, taken, n, of in worst:
+        print(f"{true} taken for {taken}: {n} of {of}")
+    print(f"Confusion matrix: {picture}")
+
+
+def predict_folder(run: Classifier, folders: list[str], args: Namespace, out: Path) -> None:
+    """Classify all images in folders, and write predictions.csv: file, class, probability, runner-up."""
+    files = [file for folder in folders for file in (files_in(folder) if Path(folder).is_dir() else [folder])]
+    files = [file for file in files if suffix_of(file) in suffixes() or file in folders]
+    refuse(not files, f"{folders[0]}: no images in it")
+    unreadable, rows, path = [], [], out / "predictions.csv"
+    for start in tqdm(range(0, len(files), 32), desc="classifying", unit=" x 32", disable=None, leave=False):
+        inputs, readable = [], []
+        for file in files[start : start + 32]:
+            try:
+                inputs += run.inputs(file)
+                readable.append(file)
+            except UserError as error:
+                unreadable.append(str(error))
+        if readable:
+            probability, label = run.probabilities(torch.cat(inputs)).topk(min(2, len(run.classes)), dim=1)
+            for file, p, i in zip(readable, probability.tolist(), label.tolist(), strict=True):
+                rows.append([file, run.classes[i[0]], f"{p[0]:.4f}", run.classes[i[1]] if len(i) > 1 else ""])
+    with refusing(f"{path}: cannot be written", "choose another --output_dir", OSError):
+        out.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            csv.writer(file).writerows([["file", "class", "probability", "runner-up"], *rows])
+    if args.json:
+        print(json.dumps(dict(predictions=str(path), images=len(rows), unreadable=unreadable)))
+        return
+    print("\n".join([*(f"left out: {cli.one_line(text)}" for text in unreadable), f"{path}: {len(rows)} images"]))
 
 
 def main(args: Namespace) -> int:
     run = load_run(args.checkpoint, choose_device(args.device, args.gpu_id))
-    given = ("dataset", "data_dir", "emnist_split", "eval_batch_size", "num_workers", "memory_limit")
-    changed = {name: getattr(args, name) for name in given if getattr(args, name) is not None}
+    given = (
+        "dataset data_dir emnist_split labels eval_batch_size num_workers memory_limit skip_broken cache_dir no_cache"
+    )
+    changed = {name: getattr(args, name) for name in given.split() if getattr(args, name) is not None}
+    trained_on = [run.args.dataset, run.args.data_dir, run.args.emnist_split]
     run.args = Namespace(**{**vars(run.args), "memory_limit": memory_limit(run.device), **changed})
     folder = Path(args.output_dir or Path(args.checkpoint).parent)
+    run.args.output_dir = str(folder)  # where the cache goes if it cannot be beside the data
+    run.args.labels = args.labels or (None if args.data_dir else getattr(run.args, "labels", None))
+    if [run.args.dataset, run.args.data_dir, run.args.emnist_split] != trained_on:  # its pictures beside the first ones
+        run.name += f"_{run.args.dataset}_{Path(run.args.data_dir).resolve().name}"
+    if args.split != "test":
+        run.name += f"_{args.split}"
     if args.plot:
         paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks, args.heads)
         print(json.dumps(paths) if args.json else "\n".join(paths.values()))
     elif args.export:
         beside = export(run.model, args.export, run.facts())
         print(f"{args.export}: gives the model's logits; {beside}: how to prepare images, and the classes")
+    elif args.images and any(map(os.path.isdir, args.images)):
+        predict_folder(run, args.images, args, folder)
     elif args.images:
         answers = dict(zip(args.images, run.predict(args.images, args.top), strict=True))
         if args.json:

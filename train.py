@@ -29,20 +29,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from tqdm import tqdm
 
 from eval import evaluate
-from utils import checkpoint, data_utils, device, dist_util, results, scheduler, seeds, weights
+from utils import checkpoint, data_utils, device, dist_util, frozen, results, scheduler, seeds, weights
 from utils.anomaly import Anomaly, NonFinite
-from utils.augment import eval_augment, make_mix, train_augment
+from utils.augment import Augment, eval_augment, make_mix, train_augment
 from utils.cli import UserError, refuse
-from utils.datasets import Data, ImageSet, load_data
+from utils.datasets import Data, ImageSet, data_words, load_data
 from utils.dist_util import Processes
 from utils.log_util import RunLog, gflops, run_description, run_facts
+from utils.loss import balanced_weights, loss_of
 from utils.optim import Average, make_optimizer, make_scaler
 from utils.run_files import RunFiles, run_id, settings
 
@@ -64,10 +64,12 @@ class Progress:
     """What a run has reached; saved and restored as one."""
 
     loss_sum: torch.Tensor  # of the steps since the newest evaluation,
+    correct: torch.Tensor  # the share of their images that was classified right, summed as well,
     loss_steps: int = 0  # and their number
     step: int = 0  # updates done
     best: dict = field(default_factory=lambda: {"accuracy": -1.0, "step": 0})
     last: float | None = None  # accuracy of the newest evaluation
+    kept: str = "raw"  # weights that were the better ones at it, or "average"
     seconds: float = 0.0  # spent in the processes before this one
 
 
@@ -87,11 +89,12 @@ class Trainer:
             raise UserError(f"--grad_checkpoint and --layer_decay go by a model's blocks; {args.model_type} has none")
         self.weights = load_source(self.model, source, args, data)
         self.model.to(self.device)
+        if args.freeze:
+            frozen.freeze(self.model, args.model_type)
         self.model, self.notes = dist_util.share_statistics(self.model, processes)
         self.notes += weights.check_pixels(source, args.mean, args.std) if source else []
         self.statistics = dist_util.statistics_of(self.model)
         self.average = Average(self.model, args.ema_decay) if args.ema_decay else None
-        self.kept_model = self.average.module if self.average else self.model  # what is evaluated and kept
         self.gflops = gflops(self.model, args.img_size)
         for block in self.model.blocks if args.grad_checkpoint else ():
             block.forward = partial(checkpoint_activations, block.forward, use_reentrant=False)
@@ -100,19 +103,41 @@ class Trainer:
             self.notes.append("--detect_anomaly: not compiled, as it watches every module")
         elif args.compile:
             self.model.compile()
-        self.parallel = dist_util.parallel(self.model, processes)
         self.optimizer = make_optimizer(self.model, args, self.device)
         self.scaler = make_scaler(args.loss_scale, self.device, self.precision)
         self.learning_rate = scheduler.from_flags(args)
         self.augment = train_augment(args, self.device, self.precision)
-        self.score = partial(score, args, processes, len(data.classes), self.precision)
+        self.eval_augment = eval_augment(args, self.device, self.precision)
         self.mix = make_mix(args, len(data.classes))
-        self.progress = Progress(torch.zeros((), device=self.device))
+        self.class_weights = None
+        if args.class_weights:
+            self.class_weights = balanced_weights(data.train.labels, len(data.classes)).to(self.device)
+            low, high = (f"{value:.3g}" for value in self.class_weights.aminmax())
+            self.notes.append(f"Class weights: {low} to {high}, as --class_weights {args.class_weights} says")
+        self.on_features = args.freeze and not self.mix and not frozen.is_random(self.augment)
+        if self.on_features:
+            self.notes.append("--freeze: features are computed once, as nothing about the images is random")
+            words = dict(device=self.device, num_workers=args.num_workers, batch_size=args.eval_batch_size)
+            batches = partial(data_utils.eval_batches, **words)
+            autocast = partial(device.autocast, self.device, self.precision)
+            self.data = frozen.on_features(self.model, data, self.augment, self.eval_augment, batches, autocast)
+            self.augment = self.eval_augment = frozen.Features()
+        self.parallel = dist_util.parallel(self.trained_part(self.model), processes)
+        self.progress = Progress(torch.zeros((), device=self.device), torch.zeros((), device=self.device))
         self.bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite
         self.started = self.saved = time.monotonic()
         self.save_took = 0.0  # seconds, the last time
         self.files = RunFiles(args.output_dir, args.log_dir, run_id(args))
         self.log = RunLog(self.files, enabled=processes.main)
+
+    def trained_part(self, model: nn.Module) -> nn.Module:
+        """What batches are given to: a model, or the head of a frozen one."""
+        return model.head if self.on_features else model
+
+    def score(self, model: nn.Module, images: ImageSet) -> dict:
+        """`eval.evaluate` of a model of the run's shape, over all processes."""
+        words = dict(precision=self.precision, augment=self.eval_augment)
+        return score(self.args, self.processes, len(self.data.classes), self.trained_part(model), images, **words)
 
     def elapsed(self) -> float:
         return self.progress.seconds + time.monotonic() - self.started
@@ -162,13 +187,16 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the run so far needed none, on another device
             self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
-        self.progress.loss_sum = self.progress.loss_sum.to(self.device)
+        for name in vars(self.progress).keys() & state.keys():  # an older run's lack some
+            value = state[name]
+            setattr(self.progress, name, value.to(self.device) if isinstance(value, torch.Tensor) else value)
         self.log.rewind(state["log"], self.progress.step)
         if found != last:
             self.log.info(f"{last} is damaged or missing; {found} takes its place")
             if self.processes.main:
                 os.replace(found, last)
+        if self.processes.main and self.files.record("start")["settings"]["num_steps"] != self.args.num_steps:
+            self.describe()  # it is extended
         self.log.info(f"Resuming {self.files.id} after step {self.progress.step} of {self.args.num_steps}")
 
     def describe(self) -> None:
@@ -176,7 +204,8 @@ class Trainer:
         args, groups = self.args, ("data", "augmentation", "optimisation", "precision and speed")
         facts = run_facts(args, self.config, self.model, self.gflops, self.data, self.processes, self.precision)
         flags = options.describe(args, options.train_parser(MODELS, NORM_TYPES), groups)
-        self.log.info(*run_description(args, facts, self.weights, self.precision_note, flags), *self.notes)
+        notes = [*self.data.notes, *flags, *self.notes]
+        self.log.info(*run_description(args, facts, self.weights, self.precision_note, notes))
         self.log.record(event="start", settings=settings(args), **facts)
 
     def update(self, batches) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,18 +215,21 @@ class Trainer:
         self.lr = self.learning_rate(progress.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-        total = torch.zeros((), device=self.device)
+        total, correct = torch.zeros(2, device=self.device)
         for part in range(parts):
+            self.part = part
             images, labels = next(batches)
-            if progress.step == part == 0:
+            if progress.step == part == 0 and not self.on_features:
                 self.log.images("train/batch", 1, images, args.mean, args.std)
             waits = self.processes.world > 1 and part < parts - 1  # gradients are exchanged once an update
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with device.autocast(self.device, self.precision):
                     logits = self.parallel(images)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing) / parts
+                loss = loss_of(logits.float(), labels, args.smoothing, self.class_weights) / parts
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+            labels = labels if labels.ndim == 1 else labels.argmax(dim=1)  # mixed: the class that counts most
+            correct += (logits.detach().argmax(dim=1) == labels).float().mean() / parts
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.model.parameters(), args.max_grad_norm or float("inf"))
         self.scaler.step(self.optimizer)
@@ -209,6 +241,7 @@ class Trainer:
 
         progress.step += 1
         progress.loss_sum += total
+        progress.correct += correct
         progress.loss_steps += 1
         # the scaler skips a step whose gradient overflows float16; a loss that isn't finite has no such excuse
         finite = total.isfinite() if self.scaler.is_enabled() else (total + norm).isfinite()
@@ -234,19 +267,28 @@ class Trainer:
     def validate(self) -> None:
         """Evaluate, write the weights if they are the best so far, and log."""
         self.check_finite()
-        progress, result = self.progress, self.score(self.kept_model, self.data.valid)
+        progress, models = self.progress, {"raw": self.model}
         if self.average:
-            result["raw_accuracy"] = self.score(self.model, self.data.valid)["accuracy"]
-        self.model.train()
+            models = {"average": self.average.module, "raw": self.model}
+        results = {kind: self.score(model, self.data.valid) for kind, model in models.items()}
+        progress.kept = max(results, key=lambda kind: results[kind]["accuracy"])  # the average, where both are as good
+        result = results[progress.kept]
+        if self.average:
+            accuracies = {f"{kind}_accuracy": each["accuracy"] for kind, each in results.items()}
+            result = result | accuracies | dict(kept=progress.kept)
+        frozen.train_mode(self.model, self.args.freeze)
         train_loss = dist_util.mean(progress.loss_sum) / progress.loss_steps
+        train_accuracy = dist_util.mean(progress.correct) / progress.loss_steps
         progress.loss_sum.zero_()
+        progress.correct.zero_()
         progress.loss_steps = 0
         progress.last = result["accuracy"]
         if progress.last > progress.best["accuracy"]:
             progress.best = {"accuracy": progress.last, "step": progress.step}
-            self.save(self.files.best, model=self.kept_model.state_dict(), accuracy=progress.last, loss=result["loss"])
+            best = models[progress.kept].state_dict()
+            self.save(self.files.best, model=best, accuracy=progress.last, loss=result["loss"])
         epoch = progress.step * self.args.epochs / self.args.num_steps
-        facts = dict(train_loss=train_loss, lr=self.lr, seconds=round(self.elapsed(), 2))
+        facts = dict(train_loss=train_loss, train_accuracy=train_accuracy, lr=self.lr, seconds=round(self.elapsed(), 2))
         self.log.evaluation(progress.step, epoch, self.data.selected_on, result, progress.best["accuracy"], **facts)
 
     def train(self, interrupt: dist_util.Interrupt) -> int:
@@ -260,10 +302,15 @@ class Trainer:
         show = place.main and sys.stderr.isatty()
         words = dict(total=args.num_steps, initial=progress.step, dynamic_ncols=True, disable=not show)
         bar = tqdm(bar_format=BAR, smoothing=0, **words)  # the time that is left is by the whole run's speed
-        self.model.train()
+        frozen.train_mode(self.model, args.freeze)
         mark, mark_step, first = time.monotonic(), progress.step, progress.step + 1
         while progress.step < args.num_steps:
-            loss, norm = self.update(batches)
+            try:
+                loss, norm = self.update(batches)
+            except dist_util.Stalled:
+                if place.world == 1 and self.part == 0:  # nothing of the next update is done
+                    self.save_last()
+                raise
             bar.update()
             if progress.step == first:
                 bar.unpause()  # the first step, which compiles and allocates, is no measure
@@ -303,11 +350,12 @@ class Trainer:
         end = dict(best_accuracy=best, best_step=progress.best["step"], last_accuracy=progress.last)
         self.log.info(f"Best Accuracy: \t{best:f}")
         if split == "val":
-            end["test_accuracy_last"] = self.score(self.kept_model, self.data.test)["accuracy"]
+            model = self.average.module if progress.kept == "average" else self.model
+            end["test_accuracy_last"] = self.score(model, self.data.test)["accuracy"]
             if self.processes.main:
-                self.kept_model.load_state_dict(checkpoint.read_file(self.files.best)["model"])
-            dist_util.broadcast_model(self.kept_model)
-            end["test_accuracy"] = self.score(self.kept_model, self.data.test)["accuracy"]
+                model.load_state_dict(checkpoint.read_file(self.files.best)["model"])
+            dist_util.broadcast_model(model)
+            end["test_accuracy"] = self.score(model, self.data.test)["accuracy"]
             self.log.info(f"Test Accuracy: \t{end['test_accuracy']:f} (last step {end['test_accuracy_last']:f})")
         path = shlex.quote(str(self.files.best))
         self.log.info(f"Best checkpoint: {path}, of step {progress.best['step']}; python eval.py {path}")
@@ -319,10 +367,10 @@ class Trainer:
 
 
 def score(
-    args: Namespace, processes: Processes, num_classes: int, precision: str, model: nn.Module, images: ImageSet
-) -> dict:
+    args: Namespace, processes: Processes, num_classes: int, model: nn.Module, images: ImageSet, *, precision: str,
+    augment: Augment,
+) -> dict:  # fmt: skip
     """`eval.evaluate` on images, over all processes; the model is in eval mode afterwards."""
-    augment = eval_augment(args, processes.device, precision)
     batches = data_utils.eval_batches(
         images, augment, batch_size=args.eval_batch_size, rank=processes.rank, world=processes.world,
         device=processes.device, num_workers=args.num_workers,
@@ -345,7 +393,8 @@ def validate_only(args: Namespace, processes: Processes, data: Data, source: wei
     model = make_model(args, len(data.classes))
     loaded = [f"Weights: {load_source(model, source, args, data)}", *weights.check_pixels(source, args.mean, args.std)]
     precision, _ = device.usable_precision(options.precision(args), processes.device)
-    result = score(args, processes, len(data.classes), precision, model.to(processes.device), data.test)
+    words = dict(precision=precision, augment=eval_augment(args, processes.device, precision))
+    result = score(args, processes, len(data.classes), model.to(processes.device), data.test, **words)
     if processes.main:
         print(*loaded, sep="\n")
         print(f"Valid Loss: {result['loss']:.5f}")
@@ -379,12 +428,9 @@ def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None
         args.memory_limit = min(dist_util.gather(limit))
     cli.say(f"Loading {args.dataset} from {args.data_dir} ...")
     with dist_util.first_on_each_node(processes):
-        data = load_data(
-            args.dataset, args.data_dir, train=not args.validate, val_fraction=args.val_fraction, seed=args.seed,
-            emnist_split=args.emnist_split, memory_limit=args.memory_limit,
-        )  # fmt: skip
+        data = load_data(args.dataset, args.data_dir, train=not args.validate, **data_words(args))
     if not args.validate:
-        options.resolve_steps(args, len(data.train))
+        data.notes += options.resolve_steps(args, len(data.train))
     return processes, data.to(processes.device), source
 
 
@@ -401,12 +447,10 @@ def main(args: Namespace) -> int:
         return 0
     files = RunFiles(args.output_dir, args.log_dir, run_id(args))
     if not args.overwrite:
-        if changed := files.differences(settings(args)):
-            shown = ", ".join(changed)
-            raise UserError(f"run {files.id} exists with other settings: {shown}; another --name, or --overwrite")
-        if files.state == "finished":
+        files.check_same(settings(args), data.classes, data.files, args.extend)
+        if files.state == "finished" and not (args.extend and args.num_steps > files.record("end")["step"]):
             if processes.main:
-                print(f"{files.id} is finished: {results.scores(files)}")
+                print(f"{files.id} is finished: {results.scores(files)}; --extend with more --epochs goes on with it")
             return 0
     cli.say(f"Building {args.model_type} on {processes.device} ...")
     trainer = Trainer(args, processes, data, source)
@@ -418,6 +462,9 @@ def main(args: Namespace) -> int:
         try:
             with dist_util.Interrupt() as interrupt:
                 return trainer.train(interrupt)
+        except dist_util.Stalled:
+            trainer.log.info(f"Signal {interrupt.signum} while waiting for data, after step {trainer.progress.step}")
+            return 128 + interrupt.signum
         except NonFinite as error:
             trainer.log.info(f"Stopped: {error}")
             return 3

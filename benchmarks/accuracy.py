@@ -49,7 +49,8 @@ def score(words: list[str], by_timm: bool) -> tuple[Trainer, float]:
         trainer.model.train()
         while trainer.progress.step < trainer.args.num_steps:
             trainer.update(batches)
-        return trainer, 100 * trainer.score(trainer.kept_model, trainer.data.test)["accuracy"]
+        model = trainer.average.module if trainer.average else trainer.model
+        return trainer, 100 * trainer.score(model, trainer.data.test)["accuracy"]
 
 
 def main() -> None:

@@ -153,7 +153,7 @@ def test_no_payload_runs(tmp_path, monkeypatch, wrap):
                 for read in reads:
                     with contextlib.suppress(UserError):
                         read(path)
-                assert datasets._cached(path, "x", "pixels") is None
+                assert datasets.Cache([path], "x").read("pixels") is None
             (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(data)
             with pytest.raises(UserError):
                 datasets.load_data("cifar10", tmp_path)

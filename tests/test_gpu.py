@@ -54,7 +54,7 @@ def start(gpu, monkeypatch, tmp_path, *words):
 def scored(trainer: train.Trainer, images: ImageSet) -> int:
     """Evaluate; how many images were seen when the host waited for the first time."""
     sizes = []
-    model = trainer.kept_model
+    model = trainer.average.module if trainer.average else trainer.model
     hook = model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     with pytest.raises(WaitsForDevice):
         trainer.score(model, images)

@@ -7,7 +7,6 @@ from argparse import Namespace
 import pytest
 import torch
 from helpers import SIZES
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import create_model
 from utils.optim import Average, Chain, make_optimizer, make_scaler, parameter_groups
@@ -64,17 +63,26 @@ def test_a_model_needs_no_blocks(opt):
     assert isinstance(optimizer, torch.optim.SGD if opt == "sgd" else torch.optim.AdamW)
 
 
-def test_average_is_torchs():
+@pytest.mark.parametrize("decay", [0.3, 0.9, 0.99999])
+def test_average_warms_up_and_goes_on_as_saved(decay):
+    """Against its definition, in float64; buffers are the newest."""
     model = create_model("ViT-Ti_16", "BN", image_size=16, num_classes=10, patch_size=4, **SIZES)
-    mine, theirs = Average(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    for _ in range(4):
+    average, expected = Average(model, decay), [p.double() for p in model.parameters()]
+    for t in range(1, 8):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
         model(torch.randn(4, 3, 16, 16))  # changes the running statistics
-        mine.update_parameters(model), theirs.update_parameters(model)
-    assert mine.state_dict().keys() == theirs.state_dict().keys()
-    assert all(torch.equal(mine.state_dict()[name], value) for name, value in theirs.state_dict().items())
+        average.update_parameters(model)
+        now = min(decay, (t - 1) / (8 + t))
+        expected = [now * mean + (1 - now) * p.double() for mean, p in zip(expected, model.parameters(), strict=True)]
+        if t == 4:
+            state, average = average.state_dict(), Average(model, decay)
+            average.load_state_dict(state)
+    for mine, theirs in zip(average.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def flags(opt: str) -> Namespace:

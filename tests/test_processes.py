@@ -155,7 +155,7 @@ def test_mistake_that_one_process_meets_is_told(tmp_path):
     broken = tmp_path / "data" / "train" / "dog" / "000.png"
     broken.write_bytes(broken.read_bytes()[:-200])
     words = [*WORDS, "--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--memory_limit", 0]
-    words += ["--num_workers", 0, "--train_batch_size", 2, *places(tmp_path)]
+    words += ["--no_cache", "--num_workers", 0, "--train_batch_size", 2, *places(tmp_path)]
     told = set()
     for seed in range(1, 9):  # until either process has met it
         outs = World(2, tmp_path, "train.py", *words, "--seed", seed).end(2, 2)

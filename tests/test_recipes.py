@@ -152,9 +152,14 @@ def parse(recipe: str, *more):
 
 
 def test_every_recipe_is_checked_against_its_source():
-    own = ["demo", "fast_vit_fashionmnist", "fast_dems_fashionmnist"]
+    own = ["demo", "fast_vit_fashionmnist", "fast_dems_fashionmnist", "photos"]
     assert RECIPES == sorted([*PUBLISHED, *own])
-    assert [parse(recipe).dataset for recipe in own] == ["fashionmnist-mini", "fashionmnist", "fashionmnist"]
+    assert [parse(recipe).dataset for recipe in own] == [
+        "fashionmnist-mini",
+        "fashionmnist",
+        "fashionmnist",
+        "imagefolder",
+    ]
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)

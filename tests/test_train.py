@@ -139,7 +139,9 @@ def test_finished_run_is_left_alone_and_other_settings_are_refused(reference):
     before = content(reference)
     best, last = (records(reference)[-1][f"{name}_accuracy"] for name in ("best", "last"))
     out = run("train.py", *RUN, *places(reference)).stdout
-    assert out == f"{ID} is finished: best accuracy {best:f}, last {last:f}\n"
+    assert (
+        out == f"{ID} is finished: best accuracy {best:f}, last {last:f}; --extend with more --epochs goes on with it\n"
+    )
     error = run("train.py", *RUN, *places(reference), "--lr", 0.5, check=2).stderr
     assert error.count("\n") == 1 and "learning_rate 0.001 -> 0.5" in error and "--overwrite" in error
     assert content(reference) == before
@@ -269,9 +271,11 @@ def test_averaged_weights_are_what_is_scored_and_kept(tmp_path):
     words = [*SHORT, "--num_steps", 6, "--ema_decay", 0.9, "--eval_every", 3, "--lr", 0.5, "--warmup_steps", 0]
     out = run("train.py", *words, *places(tmp_path)).stdout
     score = re.findall(r"Valid Accuracy: ([\d.]+)", out)[-1]
-    assert re.findall(r"raw weights: ([\d.]+)", out)[-1] != score
+    (kept,) = set(re.findall(r"(raw|average) weights \(these count\): " + score, out))
     evals = [line for line in records(tmp_path) if line["event"] == "eval"]
-    assert all(line["raw_accuracy"] != line["accuracy"] for line in evals)
+    assert all(line["accuracy"] == max(line["raw_accuracy"], line["average_accuracy"]) for line in evals)
+    assert all(line[f"{line['kept']}_accuracy"] == line["accuracy"] for line in evals)
+    assert any(line["raw_accuracy"] != line["average_accuracy"] for line in evals)
     path = tmp_path / "output" / f"{ID}_last.bin"
     last = torch.load(path, weights_only=True)
     average = {name.removeprefix("module."): value for name, value in last["average"].items() if name != "n_averaged"}
@@ -283,7 +287,7 @@ def test_averaged_weights_are_what_is_scored_and_kept(tmp_path):
     highest = max(evals, key=lambda line: line["accuracy"])
     assert json.loads(run("eval.py", best, "--json").stdout)["accuracy"] == highest["accuracy"]
     if highest["step"] == 6:
-        assert same(weights(best), average)
+        assert same(weights(best), average if kept == "average" else last["model"])
 
 
 def test_fine_tuning_takes_classes_and_normalisation_along(tmp_path):

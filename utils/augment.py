@@ -192,6 +192,12 @@ def eval_augment(args: Namespace, device: torch.device, precision: str) -> Augme
     )  # fmt: skip
 
 
+def short_side(args: Namespace) -> int:
+    """Pixels that the shorter side of an image is kept at: the smallest crop, were it square, then has img_size."""
+    smallest = min(args.scale[0] ** 0.5 if args.scale else 1.0, args.crop_pct)
+    return math.ceil(args.img_size / smallest)
+
+
 def denormalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """Normalised images (b, 3, h, w) -> pixels in 0..1 on the CPU."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))

@@ -80,8 +80,10 @@ def read_file(path: str | os.PathLike):
 
 
 def kept_weights(state: dict) -> dict[str, torch.Tensor]:
-    """Weights that the run of a checkpoint evaluates and keeps: its `average`, where there is one, else its `model`."""
-    if not isinstance(state.get("average"), dict):
+    """Weights that counted at a run's newest evaluation: its `average`, where there is one and it was not worse than
+    the raw ones, else its `model`.
+    """
+    if not isinstance(state.get("average"), dict) or state.get("kept") == "raw":
         return state["model"]
     return {name.removeprefix("module."): v for name, v in state["average"].items() if name != "n_averaged"}
 

@@ -101,7 +101,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Help, fromfile_prefix_chars="@", **kwargs)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
+        words = shlex.split(line.removeprefix("\ufeff"), comments=True)  # as Windows' editors begin a file
+        return [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words]
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -111,6 +112,7 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         if lone := [word for word in argv if any("\ud800" <= char <= "\udfff" for char in word)]:
             self.error(f"{lone[0]}: is not UTF-8; rename it")
+        argv = [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in argv]
         recipes = [Path(word[1:]) for word in argv if word.startswith("@")]
         for path in recipes:
             if not path.is_file():
@@ -135,6 +137,11 @@ class Parser(argparse.ArgumentParser):
             self.error(self._unknown(others[:1], said, argv, recipes))
         if said:
             self.error(f"{', '.join(said)}; type: {line}")
+        for name, value in vars(args).items():  # the shell leaves ~ alone in --flag=~/folder
+            if isinstance(value, str):
+                setattr(args, name, os.path.expanduser(value))
+            elif isinstance(value, list) and value and isinstance(value[0], str):
+                setattr(args, name, list(map(os.path.expanduser, value)))
         try:
             check(args)
         except UserError as error:
@@ -198,6 +205,7 @@ positive = bounded(float, 0, MAX_REAL, open_low=True)
 non_negative = bounded(float, 0, MAX_REAL)
 fraction = bounded(float, 0, 1)
 rate = bounded(float, 0, 0.999)
+below_one = bounded(float, 0, math.nextafter(1, 0))
 
 
 def boolean(text: str) -> bool:

@@ -6,9 +6,11 @@ through worker processes. Order and augmentation are functions of (seed, step), 
 
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,8 +19,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from utils import seeds
 from utils.augment import Augment, Mix
 from utils.cli import UserError
-from utils.datasets import Files, ImageSet, read_image
-from utils.dist_util import SIGNALS
+from utils.datasets import MEND, Files, ImageSet, Ragged, Uniform, read_image
+from utils.dist_util import SIGNALS, waiting
 
 
 @lru_cache(maxsize=4)
@@ -41,35 +43,78 @@ def batch_index(step: int, batch_size: int, n: int, seed: int, ra: int = 1) -> t
     return torch.cat([copies[k::ra].roll(-k) for k in range(ra)])
 
 
+PART = 2**24  # bytes of a part of a batch of many sizes
+
+
 class _Decode(torch.utils.data.Dataset):
-    """For DataLoader: a list of (i, box) -> images i, cut to their boxes and padded, (b, 3, h, w) uint8, and sizes (b,
-    2).
+    """For DataLoader: a list of (i, box) -> images i, cut to their boxes: their pixels end to end, their heights and
+    widths (b, 2), and the sizes of their boxes (b, 2).
 
     A side of 4 `size` or more is first reduced by averaging whole numbers of pixels, to 2 `size` or more; that is
-    hardly seen once the rest is resized, and bounds a batch's memory. Its size is then the box's divided by this
-    number, not always whole.
+    hardly seen once the rest is resized, and bounds a batch's memory. The size of its box is divided by this number,
+    and then not always whole.
     """
 
-    def __init__(self, paths: list[str], size: int):
-        self.paths, self.size = paths, size
+    def __init__(self, source: Files, size: int, shared: bool = True):
+        self.source, self.size, self.shared = source, size, shared
 
-    def __getitem__(self, items: list[tuple[int, list[int] | None]]) -> tuple[torch.Tensor, torch.Tensor] | str:
+    def __getitem__(self, items: list[tuple[int, list[int] | None]]) -> tuple | str:
         try:
-            images, sizes = zip(*(self._decode(*item) for item in items), strict=True)
+            images, boxes = zip(*(self._decode(*item) for item in items), strict=True)
         except UserError as error:  # DataLoader would wrap it in the worker's traceback
             return str(error)
-        height, width = (max(image.shape[side] for image in images) for side in (1, 2))
-        batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-        for place, image in zip(batch, images, strict=True):
-            place[:, : image.shape[1], : image.shape[2]] = image
-        return batch, torch.tensor(sizes)
+        shapes = torch.tensor([image.shape[1:] for image in images])
+        pixels = torch.cat([image.flatten() for image in images])
+        return pixels if self.shared else pixels.numpy(), shapes, torch.tensor(boxes)
 
     def _decode(self, i: int, box: list[int] | None) -> tuple[torch.Tensor, tuple[float, float]]:
-        image = read_image(self.paths[i])
+        image = read_image(self.source.paths[i], self.source.short_side)
         top, left, height, width = box or (0, 0, image.height, image.width)
         down, across = (max(1, side // (2 * self.size)) for side in (height, width))
         image = image.reduce((across, down), (left, top, left + width, top + height))
         return pil_to_tensor(image), (height / down, width / across)
+
+
+def _augmented(source: Uniform | Ragged, ids: torch.Tensor, params: dict, augment: Augment) -> torch.Tensor:
+    """Images of a source in memory, augmented; those of many sizes in parts of similar ones.
+
+    A part is padded to its largest height and width, and has weights that resize these. It takes PART bytes, or one
+    image, at most, and no more than twice what its images do by themselves.
+    """
+    if isinstance(source, Uniform):
+        return augment(source.take(ids), params)
+    sizes = source.sizes[ids]
+    order = (sizes[:, 0] * int(sizes.max() + 1) + sizes[:, 1]).argsort(stable=True)
+    ends, height, width, own = [0], 0, 0, 0
+    for i, (h, w) in enumerate(sizes[order].tolist()):
+        height, width, own = max(height, h), max(width, w), own + h * w
+        n = i + 1 - ends[-1]
+        taken = n * (3 * height * width + 4 * augment.size * (height + width))
+        if n > 1 and (taken > PART or n * height * width > 2 * own):
+            ends.append(i)
+            height, width, own = h, w, h * w
+    batch = None
+    for part in (order[begin:end] for begin, end in pairwise([*ends, len(ids)])):
+        done = augment(source.take(ids[part]), {name: value[part] for name, value in params.items()})
+        batch = done.new_empty(len(ids), *done.shape[1:]) if batch is None else batch
+        batch[part.to(batch.device)] = done
+    return batch
+
+
+def _fits_shared_memory(needed: int) -> bool:
+    """Whether workers can hand on so many bytes through /dev/shm, which containers have little of; else a line."""
+    info = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+    if info is None or info.f_bavail * info.f_frsize >= needed:
+        return True
+    _say_once(
+        f"/dev/shm has {info.f_blocks * info.f_frsize / 2**20:.0f} MB, too few for batches; they go through pipes"
+    )
+    return False
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _leave_group(worker: int) -> None:
@@ -78,6 +123,11 @@ def _leave_group(worker: int) -> None:
     for signum in signal.sigpending() & {*SIGNALS}:
         signal.sigwait([signum])  # it came before
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _as_it_is(loaded):
+    """DataLoader's own would make tensors, in shared memory, of arrays."""
+    return loaded
 
 
 def _start_workers(loader: DataLoader) -> Iterator:
@@ -89,11 +139,14 @@ def _start_workers(loader: DataLoader) -> Iterator:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device, num_workers: int) -> Iterator:
-    """Turn a plan of (index, parameters) into batches (images, labels) on the device."""
+def _load(
+    data: ImageSet, plan: Iterator, augment: Augment, device: torch.device, num_workers: int, batch_size: int
+) -> Iterator:
+    """Turn a plan of (index, parameters) for `batch_size` images into batches (images, labels) on the device."""
     if not isinstance(data.source, Files):
         for index, params in plan:
-            yield augment(data.source.take(data.ids[index]), params), data.labels[index].to(device, non_blocking=True)
+            images = _augmented(data.source, data.ids[index], params, augment)
+            yield images, data.labels[index].to(device, non_blocking=True)
         return
 
     planned = deque()  # the loader asks for batches ahead of time; what it asked for waits here
@@ -104,18 +157,29 @@ def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device
             boxes = params["box"].tolist() if "box" in params else [None] * len(index)
             yield list(zip(data.ids[index].tolist(), boxes, strict=True))
 
+    largest = 3 * min(int(data.sizes.prod(dim=1).max()), (4 * augment.size) ** 2)
+    shared = num_workers == 0 or _fits_shared_memory((2 * num_workers + 1) * batch_size * largest)
     loader = DataLoader(  # each request is a batch; without a generator it would draw from the one that dropout uses
-        _Decode(data.source.paths, augment.size), batch_size=None, sampler=requests(), num_workers=num_workers,
+        _Decode(data.source, augment.size, shared), batch_size=None, sampler=requests(), num_workers=num_workers,
         worker_init_fn=_leave_group, pin_memory=device.type == "cuda", generator=torch.Generator(),
+        collate_fn=_as_it_is,
     )  # fmt: skip
-    for loaded in _start_workers(loader):
+    loading = _start_workers(loader)
+    while True:
+        with waiting():
+            loaded = next(loading, None)
+        if loaded is None:
+            return
         if isinstance(loaded, str):
-            raise UserError(loaded, on_this_process=True)
-        images, sizes = loaded
+            way_out = "bring it back as it was, and the same command goes on from the last save"
+            raise UserError(loaded.removesuffix(MEND) + way_out, on_this_process=True)
+        pixels, shapes, boxes = map(torch.as_tensor, loaded)
         index, params = planned.popleft()
         if "box" in params:  # cut already
-            params["box"] = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
-        yield augment(images.to(device, non_blocking=True), params), data.labels[index].to(device, non_blocking=True)
+            params["box"] = torch.cat([torch.zeros_like(boxes), boxes], dim=1)
+        batch = Ragged(pixels.to(device, non_blocking=True), shapes)
+        images = _augmented(batch, torch.arange(len(index)), params, augment)
+        yield images, data.labels[index].to(device, non_blocking=True)
 
 
 @lru_cache
@@ -177,7 +241,7 @@ def train_batches(
             generator = seeds.generator(seed, seeds.MIX, start + i // accumulation)
             yield mix(images, labels, *mix.draw((augment.size, augment.size), generator))
 
-    batches = _load(data, plan(), augment, device, num_workers)
+    batches = _load(data, plan(), augment, device, num_workers, share // accumulation)
     return _ahead(mixed(batches) if mix else batches, device)
 
 
@@ -193,4 +257,4 @@ def eval_batches(
             if len(index):  # there may be more processes than images
                 yield index, augment.draw(sizes[index])
 
-    return _ahead(_load(data, plan(), augment, device, num_workers), device)
+    return _ahead(_load(data, plan(), augment, device, num_workers, batch_size), device)

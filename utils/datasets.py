@@ -8,32 +8,36 @@
 - the names of the classes, which the labels count from 0.
 """
 
+import contextlib
 import gzip
 import hashlib
+import json
 import os
 import pkgutil
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 from utils import seeds
+from utils.augment import short_side
 from utils.cli import UserError, refuse, refusing
 from utils.device import memory_limit as memory_limit_of
+from utils.image_folder import check_known, class_folders, hold_out, nfc, refuse_broken
 from utils.presets import DATASETS
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is read or refused
 MINI = Path(__file__).resolve().parent.parent / "data" / "fashionmnist-mini"
-IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .tif .tiff .webp".split())
 
 
 class Uniform:
@@ -70,10 +74,10 @@ class Ragged:
 
 
 class Files:
-    """Images on disk; worker processes decode, cut and resize them."""
+    """Images on disk; worker processes decode them, at most at `short_side`, cut and resize them."""
 
-    def __init__(self, paths: list[str], sizes: torch.Tensor):
-        self.paths, self.sizes = paths, sizes
+    def __init__(self, paths: list[str], sizes: torch.Tensor, short_side: int | None = None):
+        self.paths, self.sizes, self.short_side = paths, sizes, short_side
 
     def to(self, device: torch.device):
         pass
@@ -86,6 +90,7 @@ class ImageSet:
     source: Uniform | Ragged | Files  # where the images are
     ids: torch.Tensor  # (n,) positions in the source
     labels: torch.Tensor  # (n,) int64
+    paths: list[str] | None = None  # of all images of the source, where they are files
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -98,6 +103,28 @@ class ImageSet:
     def part(self, index: torch.Tensor) -> "ImageSet":
         return replace(self, ids=self.ids[index], labels=self.labels[index])
 
+    def hold_out(self, fraction: float, seed: int, root: Path) -> tuple["ImageSet", "ImageSet"]:
+        """Two parts, of which the second has this fraction: of files, of each class, by `image_folder.hold_out`."""
+        if self.paths:
+            names = [nfc(os.path.relpath(self.paths[i], root)) for i in self.ids.tolist()]
+            sides = hold_out(names, self.labels.tolist(), fraction, seed)
+            stays, held = (torch.tensor(side, dtype=torch.int64) for side in sides)
+        else:
+            order = torch.randperm(len(self), generator=seeds.generator(seed, seeds.HOLD_OUT))
+            n = max(1, round(fraction * len(self)))
+            stays, held = order[n:].sort().values, order[:n].sort().values
+        return self.part(stays), self.part(held)
+
+    def fingerprint(self, root: Path, classes: list[str]) -> dict[str, list]:
+        """Of each class the number of images, and for files a digest of their names and sizes in bytes."""
+        count = self.labels.bincount(minlength=len(classes)).tolist()
+        digests = {name: hashlib.sha256() for name in classes}
+        for i, label in zip(self.ids.tolist(), self.labels.tolist(), strict=True) if self.paths else ():
+            path = self.paths[i]
+            size = os.path.getsize(path) if os.path.exists(path) else None
+            digests[classes[label]].update(os.fsencode(f"{nfc(os.path.relpath(path, root))}\0{size}\n"))
+        return {name: [n, digests[name].hexdigest()[:16]] for name, n in zip(classes, count, strict=True)}
+
 
 @dataclass
 class Data:
@@ -108,6 +135,8 @@ class Data:
     test: ImageSet  # what is reported; the same object as `valid` unless images were held out
     classes: list[str]  # names in the order of the labels
     selected_on: str  # 'val' or 'test'
+    notes: list[str] = field(default_factory=list)  # lines for the log
+    files: dict[str, dict] = field(default_factory=dict)  # `ImageSet.fingerprint` of train, val and test
 
     def to(self, device: torch.device) -> "Data":
         """Move the images that are in memory to the device, once."""
@@ -116,128 +145,179 @@ class Data:
         return self
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read the first frame of an image as RGB.
+def kept_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """Height and width that an image is kept at: its shorter side is reduced to `short_side`, where it is longer."""
+    if not short_side or min(height, width) <= short_side:
+        return height, width
+    factor = short_side / min(height, width)
+    return round(height * factor), round(width * factor)
+
+
+MEND = "mend or remove it"
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike):
+    with refusing(f"{path}: not a readable image", MEND), Image.open(path) as image:
+        bits32 = image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM"))  # those hold 16
+        if bits32:
+            raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
+        yield image
+
+
+def read_image(path: str | os.PathLike, short_side: int | None = None) -> Image.Image:
+    """Read the first frame of an image as RGB, its shorter side reduced to `short_side` where it is longer.
 
     As in torchvision's ImageFolder, transparency is dropped and EXIF's orientation ignored. 16-bit gray is scaled to 8
-    bits. UserError if it is no image, truncated, too large for Pillow, or of floating-point pixels, which have no
-    agreed range.
+    bits. UserError if it is no image, truncated, too large for Pillow, or of integers or floats of 32 bits.
     """
-    with refusing(f"{path}: not a readable image", "mend or remove it"), Image.open(path) as image:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels; convert them to 8 or 16 bits")
+    with _opened(path) as image:
+        height, width = kept_size(image.height, image.width, short_side)
+        reduced = (width, height) != image.size
+        if reduced:  # JPEG is decoded at a half, a quarter or an eighth, where that is still twice as large
+            image.draft(None, (2 * width, 2 * height))
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
-            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).round().astype(np.uint8))
-        return image.convert("RGB")
+            levels = np.asarray(image, dtype=np.float32) / 257
+            image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+        image = image.convert("RGB")
+        return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0) if reduced else image
 
 
 def _size(path: str) -> tuple[int, int]:
-    with refusing(f"{path}: not a readable image", "mend or remove it"), Image.open(path) as image:
+    with _opened(path) as image:
         return image.height, image.width
 
 
 def _map_with_bar(function: Callable, items: Sequence, text: str) -> list:
-    show = dict(desc=text, unit=" images", disable=not sys.stderr.isatty(), leave=False)
-    return thread_map(function, items, max_workers=min(8, os.cpu_count() or 1), **show)
+    """`function` of each item, in threads; where that is a UserError, its text."""
+
+    def attempt(item):
+        try:
+            return function(item)
+        except UserError as error:
+            return str(error)
+
+    bar = dict(desc=text, unit=" images", disable=not sys.stderr.isatty(), leave=False, total=len(items))
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        return list(tqdm(pool.map(attempt, items), **bar))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no image that isn't begun
 
 
-def _fingerprint(paths: Sequence[str]) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(paths: Sequence[str], root: Path, short_side: int | None) -> str:
+    digest = hashlib.sha256(f"kept at {short_side}".encode())
     for path in paths:
-        with refusing(f"{path}: cannot be read", "mend or remove it", OSError):
+        with contextlib.suppress(OSError):  # it will be named as broken
             info = os.stat(path)
-        digest.update(os.fsencode(f"{path}\0{info.st_size}\0{info.st_mtime_ns}\n"))
+            digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0{info.st_size}\0{info.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
-def _cached(path: Path, fingerprint: str, name: str) -> torch.Tensor | None:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return torch.from_numpy(file[name]) if str(file["fingerprint"]) == fingerprint else None
-    except Exception:  # missing, or damaged in any way: it is made again
+@dataclass
+class Cache:
+    """Sizes and decoded images of a list of files, in an `.npz` in the first of some places that has it or takes it."""
+
+    places: list[Path]
+    fingerprint: str  # what it holds is only used for the same files
+    found: Path | None = None  # where it is
+    note: str = "no cache"
+
+    def read(self, *names: str) -> list | None:
+        for path in self.places:
+            with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:  # damaged: made again
+                if str(file["fingerprint"]) == self.fingerprint:
+                    arrays = [file[name] for name in names]
+                    self._found(path)
+                    return arrays
         return None
 
+    def _found(self, path: Path) -> None:
+        self.found, self.note = path, f"cache {path}, {path.stat().st_size / 2**20:.1f} MB"
 
-def _write_cache(path: Path, **arrays) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except OSError as error:
-        print(f"no cache beside the data, the images will be decoded again next time: {error}", file=sys.stderr)
-        temporary.unlink(missing_ok=True)
+    def write(self, **arrays) -> None:
+        for path in self.places:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(temporary, "wb") as file:
+                    np.savez(file, fingerprint=self.fingerprint, **arrays)
+                os.replace(temporary, path)
+                first = self.places[0].parent
+                self._found(path)
+                self.note += f" ({first} cannot be written)" if path.parent != first else ""
+                return
+            except OSError as error:
+                self.note = f"no cache ({error.strerror or error}), so images are decoded again next time"
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
 
 
-def load_files(paths: Sequence[str], cache: Path, memory_limit: int) -> Uniform | Ragged | Files:
+def load_files(
+    paths: Sequence[str], root: Path, places: list[Path], memory_limit: int, short_side: int | None = None
+) -> tuple[Uniform | Ragged | Files, dict[int, str], str]:
     """Decode images once into memory, or leave them on disk if that takes more than `memory_limit` bytes.
 
-    `cache` is an `.npz` file that holds sizes and pixels, made again when a file changes. UserError at a broken image.
+    `places` are of a `Cache`, `short_side` of `read_image`. Returns the source, why each of the images that can't be
+    read (by their places) can't, and a line for the log.
     """
-    fingerprint = _fingerprint(paths)
-    known = _cached(cache, fingerprint, "sizes")
-    sizes = torch.tensor(_map_with_bar(_size, paths, "reading sizes")) if known is None else known.long()
-    kept = dict(fingerprint=fingerprint, sizes=sizes.numpy().astype(np.int32))
+
+    def reason(i: int, error: str) -> str:
+        return error.removeprefix(f"{paths[i]}: ").removesuffix(f"; {MEND}")
+
+    cache = Cache(places, _fingerprint(paths, root, short_side))
+    known = cache.read("sizes", "broken")
+    if known:
+        native, broken = torch.from_numpy(known[0]).long(), dict(json.loads(str(known[1])))
+    else:
+        read = _map_with_bar(_size, paths, "reading sizes")
+        broken = {i: reason(i, size) for i, size in enumerate(read) if isinstance(size, str)}
+        native = torch.tensor([(0, 0) if isinstance(size, str) else size for size in read])
+    sizes = torch.tensor([kept_size(*size, short_side) for size in native.tolist()])
     ends = (3 * sizes.prod(dim=1)).cumsum(0).tolist()
-    if ends[-1] > memory_limit:
-        if known is None:
-            _write_cache(cache, **kept)
-        return Files(paths, sizes)
-    pixels = _cached(cache, fingerprint, "pixels")
-    if pixels is None:
-        pixels = torch.empty(ends[-1], dtype=torch.uint8)
+    in_memory = ends[-1] <= memory_limit
+    pixels = cache.read("pixels") if known and in_memory else None
+    if pixels:
+        pixels = torch.from_numpy(pixels[0])
+    elif in_memory or (not known and places):  # those to be streamed are decoded once, to know what is broken
+        pixels = torch.empty(ends[-1] if in_memory else 0, dtype=torch.uint8)
 
         def decode(i: int) -> None:
-            image = pil_to_tensor(read_image(paths[i])).flatten()
-            pixels[ends[i] - len(image) : ends[i]] = image
+            image = read_image(paths[i], short_side)
+            if in_memory:
+                image = pil_to_tensor(image).flatten()
+                pixels[ends[i] - len(image) : ends[i]] = image
 
-        _map_with_bar(decode, range(len(paths)), "decoding")
-        _write_cache(cache, **kept, pixels=pixels.numpy())
+        whole = [i for i in range(len(paths)) if i not in broken]
+        text = "decoding" if in_memory else "checking"
+        done = zip(whole, _map_with_bar(decode, whole, text), strict=True)
+        broken |= {i: reason(i, error) for i, error in done if error}
+        kept = dict(pixels=pixels.numpy()) if in_memory else {}
+        cache.write(sizes=native.numpy().astype(np.int32), broken=json.dumps(list(broken.items())), **kept)
+    seen = native[[i for i in range(len(paths)) if i not in broken]]
+    note, size = describe_sizes(seen, short_side), f"{ends[-1] / 2**20:.1f} MB"
+    if not in_memory:
+        limit = f"{memory_limit / 2**20:.1f} MB (--memory_limit)"
+        return (
+            Files(paths, sizes, short_side),
+            broken,
+            f"{note}; streamed, as {size} are more than {limit}; {cache.note}",
+        )
+    note = f"{note}; {size} in memory; {cache.note}"
     if (sizes == sizes[0]).all():
-        return Uniform(pixels.view(len(sizes), 3, *sizes[0].tolist()))
-    return Ragged(pixels, sizes)
+        return Uniform(pixels.view(len(sizes), 3, *sizes[0].tolist())), broken, note
+    return Ragged(pixels, sizes), broken, note
 
 
-def image_folder(root: Path) -> tuple[dict, list[str]]:
-    """ROOT/SPLIT/CLASS/**/*.png and so on; classes are those of train/, where it exists, and sorted."""
-    refuse(not root.is_dir(), f"--data_dir {root}: no such folder; it holds train/CLASS/*.png and test/CLASS/*.png")
-    splits, classes = {}, []
-    for split in ("train", "val", "test"):
-        if (root / split).is_dir():
-            found = _class_folders(root / split)
-            classes = classes or found
-            _check_known(root / split, found, classes)
-            splits[split] = _list_images(root / split, found, classes)
-    return splits, classes
-
-
-def _class_folders(folder: Path) -> list[str]:
-    try:
-        names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
-    except FileNotFoundError:
-        names = []
-    refuse(not names, f"{folder}: no class folders in it; images belong into {folder}/CLASS/")
-    odd = "".join(name for name in names if not name.isprintable())
-    refuse(odd, f"{folder / odd}: the name of a class must be printable text; rename the folder")
-    return names
-
-
-def _check_known(folder: Path | str, found: list[str], classes: list[str]) -> None:
-    other = [name for name in found if name not in classes]
-    known = f"the {len(classes)} known: {', '.join(classes[:10])}"
-    refuse(other, f"{folder}: class {''.join(other[:1])!r} is not among {known}")
-
-
-def _list_images(folder: Path, found: list[str], classes: list[str]) -> tuple[list[str], torch.Tensor]:
-    """Paths and labels, counted in `classes`, of folder/CLASS/**/*.png and so on."""
-
-    def is_image(path: str) -> bool:
-        return Path(path).suffix.lower() in IMAGE_SUFFIXES and not os.path.basename(path).startswith(".")
-
-    with refusing(f"{folder}: not every class has images", "add some, or remove the empty folders", FileNotFoundError):
-        places = {name: classes.index(name) for name in found}
-        paths, labels = zip(*make_dataset(folder, places, is_valid_file=is_image), strict=True)
-    return list(paths), torch.tensor(labels)
+def describe_sizes(sizes: torch.Tensor, short_side: int | None) -> str:
+    """Sizes (n, 2), for the log."""
+    if not len(sizes):
+        return "no image"
+    (low, first), (high, last) = ((part.min().item(), part.argmin()) for part in (sizes.prod(1), -sizes.prod(1)))
+    small, large = ("x".join(map(str, sizes[i].flip(0).tolist())) for i in (first, last))
+    text = f"{small} pixels" if low == -high else f"{small} to {large} pixels"
+    cut = short_side and (sizes.min(dim=1).values > short_side).any()
+    return f"{text}, kept at a short side of {short_side} or less, which is all that crops can use" if cut else text
 
 
 def cifar(root: Path, cls: str, **fetch) -> tuple[dict, list[str]]:
@@ -278,11 +358,14 @@ def caltech101(root: Path, folder: str, **fetch) -> tuple[dict, list[str]]:
     images = root / folder / "101_ObjectCategories"
     if not images.is_dir():
         _download(torchvision.datasets.Caltech101, root, folder=folder, **fetch)
-    classes = [name for name in _class_folders(images) if name != "BACKGROUND_Google"]
-    paths, labels = _list_images(images, classes, classes)
-    place = torch.arange(len(labels)) - torch.searchsorted(labels, labels)  # within its class
-    index = {"train": (place % 5 != 4).nonzero()[:, 0], "test": (place % 5 == 4).nonzero()[:, 0]}
-    return {split: ([paths[i] for i in part.tolist()], labels[part]) for split, part in index.items()}, classes
+    found, _ = class_folders(images, leave_out=["BACKGROUND_Google"])
+    splits = {"train": ([], []), "test": ([], [])}
+    for label, paths in enumerate(found.values()):
+        for place, path in enumerate(paths):
+            split = splits["test" if place % 5 == 4 else "train"]
+            split[0].append(path)
+            split[1].append(label)
+    return splits, list(found)
 
 
 def _read_idx(path: Path) -> torch.Tensor:
@@ -326,56 +409,106 @@ def _download(cls: type, root: Path, file: str, folder: str, url: str, **words) 
 
 def load_data(
     dataset: str, data_dir: str | os.PathLike = "data", *, train: bool = True, classes: list[str] | None = None,
-    val_fraction: float = 0.0, seed: int = 42, emnist_split: str = "mnist", memory_limit: float | None = None,
+    val_fraction: float = 0.0, test_fraction: float | None = None, seed: int = 42, emnist_split: str = "mnist",
+    labels: str | None = None, memory_limit: float | None = None, short_side: int | None = None,
+    cache_dirs: Sequence[str | os.PathLike | None] = (None,), skip_broken: bool = False,
 ) -> Data:  # fmt: skip
     """Load a data set by its name, a key of `utils.presets.DATASETS`.
 
     Args:
-        data_dir: where it is looked for and downloaded to; for imagefolder the folder that holds train/ and test/.
+        data_dir: where it is looked for and downloaded to; for imagefolder see `utils.image_folder`.
         train: False leaves the training images out.
         classes: of a checkpoint, which the labels are to count in; those of the images must be among them.
-        val_fraction: part of the training images to hold out as `valid`, drawn from `seed`.
+        val_fraction: part of the training images to hold out as `valid`, drawn from `seed`; of image files, of each
+            class.
+        test_fraction: the same for `test`, of image files without a test folder; None: 0.2 where there is no folder
+            val/ either.
+        labels: of imagefolder, a CSV that names each file's class.
         memory_limit: GiB; a split of image files that takes more as uint8 is streamed. None: a quarter of what is free.
+        short_side: pixels that the shorter side of image files is kept at, where it is longer.
+        cache_dirs: folders for the cache of image files, the first one that can be written; None: beside the data.
+        skip_broken: leave out images that can't be read, rather than refuse them.
 
     UserError: missing or broken data, with the file and the way out.
     """
     refuse(dataset not in DATASETS, f"no data set {dataset!r}, there are {' '.join(DATASETS)}")
     root, words = Path(data_dir), dict(DATASETS[dataset])
     read = words.pop("read")
-    if "split" in words:
-        words["split"] = emnist_split
-    splits, found = (pkgutil.resolve_name(read) if isinstance(read, str) else read)(root, **words)
+    words |= {name: value for name, value in dict(split=emnist_split, labels=labels).items() if name in words}
+    splits, found, *notes = (pkgutil.resolve_name(read) if isinstance(read, str) else read)(root, **words)
+    notes = notes[0] if notes else []
     splits = {name: (images, torch.as_tensor(labels).long()) for name, (images, labels) in splits.items()}
-    for wanted in (["train"] if train else []), ["val", "test"]:
-        if wanted and not splits.keys() & set(wanted):
-            there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
-            raise UserError(f"--data_dir {root}: has no {' or '.join(f'{name}/' for name in wanted)}; it holds {there}")
-    if not train:
+    refuse(train and "train" not in splits, f"--data_dir {root}: has no train/; it holds {', '.join(splits)}/")
+    if train:
+        refuse(test_fraction and "test" in splits, f"--test_fraction {test_fraction}: {root} has test images already")
+        both = val_fraction and splits.keys() >= {"val", "test"}
+        refuse(both, f"--val_fraction {val_fraction}: {root} has validation images already")
+    if splits.keys() == {"train"} and not test_fraction:
+        test_fraction = 0.2
+        notes.append(f"No test images, so {test_fraction} of each class are for testing (--test_fraction)")
+    if not train and (not test_fraction or "test" in splits):
         splits = {"test": splits.get("test", splits.get("val"))}
     for name, (images, labels) in splits.items():
         n, few = len(images), labels.unique().tolist()
         wrong = n != len(labels) or few[0] < 0 or few[-1] >= len(found)
         refuse(wrong, f"{dataset} in {root}: {n} {name} images with labels {few[:20]}, {len(found)} classes")
-    refuse(classes is None and len(found) == 1, f"{root}: only one class, {found[0]}; there must be two to tell apart")
-    if classes is not None and found != classes:
+    refuse(classes is None and len(found) == 1, f"{root}: only one class, {found[0]}; there must be two")
+    if classes is not None and found != (classes := [nfc(name) for name in classes]):
         used = [found[i] for i in torch.cat([labels for _, labels in splits.values()]).unique().tolist()]
-        _check_known(f"{dataset} in {root}", used, classes)
+        check_known(f"{dataset} in {root}", used, classes)
         place = torch.tensor([classes.index(name) if name in classes else -1 for name in found])
         splits, found = {name: (images, place[labels]) for name, (images, labels) in splits.items()}, classes
 
     limit = memory_limit_of(torch.device("cpu")) if memory_limit is None else memory_limit
-    sets = {}
+    sets, broken = {}, {}
     for name, (images, labels) in splits.items():
-        in_memory = isinstance(images, (torch.Tensor, np.ndarray))
-        cache = root / words.get("folder", "") / f"{name}.cache.npz"
-        source = Uniform(torch.as_tensor(images)) if in_memory else load_files(images, cache, int(limit * 2**30))
-        sets[name] = ImageSet(source, torch.arange(len(labels)), labels)
+        if isinstance(images, (torch.Tensor, np.ndarray)):
+            sets[name] = ImageSet(Uniform(torch.as_tensor(images)), torch.arange(len(labels)), labels)
+            continue
+        places = [_cache_path(folder, root, words.get("folder", ""), name) for folder in cache_dirs]
+        source, wrong, note = load_files(images, root, places, int(limit * 2**30), short_side)
+        notes.append(f"Images, {name}: {note}")
+        broken |= {images[i]: reason for i, reason in wrong.items()}
+        ids = torch.tensor([i for i in range(len(images)) if i not in wrong], dtype=torch.int64)
+        sets[name] = ImageSet(source, ids, labels[ids], list(images))
+    notes += refuse_broken(broken, skip_broken)
     training, valid, test = (sets.get(name) for name in ("train", "val", "test"))
+    if test_fraction and training is not None and test is None:
+        training, test = training.hold_out(test_fraction, seed, root)
+        refuse(not len(test), f"{root}: too few images a class to test on {test_fraction} of them; see --test_fraction")
     if test is None:
         test, valid = valid, None
     if training is not None and val_fraction:
-        order = torch.randperm(len(training), generator=seeds.generator(seed, seeds.HOLD_OUT))
-        held = max(1, round(val_fraction * len(training)))
-        valid, training = training.part(order[:held].sort().values), training.part(order[held:].sort().values)
+        training, valid = training.hold_out(val_fraction, seed, root)
         refuse(not len(training), f"--val_fraction {val_fraction} leaves no training images")
-    return Data(training, valid or test, test, found, "val" if valid else "test")
+        refuse(not len(valid), f"--val_fraction {val_fraction} holds out no image; each class has too few")
+    parts = {name: part for name, part in (("train", training), ("val", valid), ("test", test)) if part}
+    notes.insert(0, describe_classes(parts, found))
+    files = {name: part.fingerprint(root, found) for name, part in parts.items()}
+    return Data(training if train else None, valid or test, test, found, "val" if valid else "test", notes, files)
+
+
+def data_words(args: Namespace) -> dict:
+    """What the flags of a run say of its images, for `load_data`; those of an older run lack some."""
+    names = "val_fraction test_fraction seed emnist_split labels memory_limit skip_broken".split()
+    words = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    places = [args.cache_dir] if getattr(args, "cache_dir", None) else [None, args.output_dir]
+    return words | dict(short_side=short_side(args), cache_dirs=[] if getattr(args, "no_cache", None) else places)
+
+
+def describe_classes(parts: dict[str, ImageSet], classes: list[str]) -> str:
+    """Images of each class in each split, for the log; of many classes the largest and the smallest."""
+    counts = torch.stack([part.labels.bincount(minlength=len(classes)) for part in parts.values()], dim=1)
+    order = counts.sum(dim=1).argsort(descending=True, stable=True).tolist()
+    shown = [f"{classes[i]} {'/'.join(map(str, counts[i].tolist()))}" for i in order]
+    if len(shown) > 20:
+        shown = [*shown[:5], "...", *shown[-5:]]
+    return f"Images a class, {'/'.join(parts)}: {', '.join(shown)}"
+
+
+def _cache_path(folder: str | os.PathLike | None, root: Path, inner: str, split: str) -> Path:
+    """In the data's own folder, or in one that may hold the caches of several."""
+    if folder is None:
+        return root / inner / f"{split}.cache.npz"
+    place = root.resolve()
+    return Path(folder) / f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}.{split}.cache.npz"

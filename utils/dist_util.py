@@ -1,6 +1,7 @@
 """Several processes under torchrun, or one: who writes, exact sums over all, signals, and how a lost one is told."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from utils.cli import UserError, world_size
 from utils.device import choose_device
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PATIENCE = 2  # seconds between a signal and giving up data that doesn't come
 TIMEOUT = timedelta(minutes=10)  # of an exchange: more than a save or an evaluation's slowest share takes
 FIRST_TIMEOUT = timedelta(days=1)  # of the wait for what is done once: a large folder may take hours to decode
 
@@ -94,6 +96,11 @@ def explain(error: Exception) -> UserError | None:
         return UserError("another process is gone or stuck; the same command goes on from the last save")
     if type(error).__module__.startswith("torch._inductor"):  # most often, there is no C++ compiler
         return UserError(f"--compile: torch cannot compile the model here ({reason}); leave it out")
+    if reason.startswith("DataLoader worker"):
+        text = f"a process that decodes images was ended by the system, most often as memory ran out ({reason})"
+        return UserError(
+            f"{text}; the same command goes on from the last save, or with fewer --num_workers", on_this_process=True
+        )
     no_memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
     if no_memory or isinstance(error, MemoryError):
         text = f"out of memory ({reason}); fewer images per pass, or a smaller model"
@@ -110,24 +117,51 @@ def gather(value) -> list:
     return values
 
 
+class Stalled(BaseException):
+    """A signal came, and the data that the process waits for does not."""
+
+
 class Interrupt:
     """Turns SIGNALS into a request to save and leave after the step; Ctrl-C after that leaves at once.
 
-    SIGTERM and SIGUSR1 may come repeatedly: torchrun and SLURM each pass them on.
+    SIGTERM and SIGUSR1 may come repeatedly: torchrun and SLURM each pass them on. If data is waited for, PATIENCE
+    seconds after the signal, the workers that should bring it are killed, and Stalled is raised.
     """
+
+    waiting = False  # for data
 
     def __enter__(self) -> "Interrupt":
         self.signum = 0
         self.before = {signum: signal.signal(signum, self) for signum in SIGNALS}
+        self.before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.look)
         return self
 
     def __exit__(self, *error) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 
     def __call__(self, signum, frame):
         self.signum = signum
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
+
+    def look(self, signum, frame):
+        if Interrupt.waiting:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would make an error of it
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise Stalled
+
+
+@contextlib.contextmanager
+def waiting():
+    """Around what may wait for data."""
+    Interrupt.waiting = True
+    try:
+        yield
+    finally:
+        Interrupt.waiting = False
 
 
 @contextlib.contextmanager

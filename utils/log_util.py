@@ -52,15 +52,19 @@ class RunLog:
     def evaluation(self, step: int, epoch: float, split: str, result: dict, best: float, **facts) -> None:
         """An evaluation: lines for people, TensorBoard's scalars, and a record.
 
-        `split` is 'val' or 'test', `result` is from `eval.evaluate`, with raw_accuracy where an average of the weights
-        was scored, `best` the highest accuracy so far; facts are train_loss, lr and seconds.
+        `split` is 'val' or 'test', `result` is from `eval.evaluate`, with raw_accuracy, average_accuracy and which was
+        kept where an average of the weights was scored, `best` the highest accuracy so far; facts are train_loss,
+        train_accuracy, lr and seconds.
         """
         losses = {"Train Loss": facts["train_loss"], "Valid Loss": result["loss"], "Valid Accuracy": result["accuracy"]}
-        if "raw_accuracy" in result:
-            losses["Accuracy of the raw weights"] = result["raw_accuracy"]
+        losses["Train Accuracy"] = facts["train_accuracy"]
+        for kind in ("raw", "average") if "kept" in result else ():
+            kept = " (these count)" if kind == result["kept"] else ""
+            losses[f"Accuracy of the {kind} weights{kept}"] = result[f"{kind}_accuracy"]
         lines = [f"Global Steps: {step}", *(f"{name}: {value:.5f}" for name, value in losses.items())]
         self.info("Validation Results", *lines, screen=" | ".join(lines))
-        self.scalars(step, {f"{split}/accuracy": result["accuracy"], f"{split}/loss": result["loss"]})
+        scalars = {f"{split}/accuracy": result["accuracy"], f"{split}/loss": result["loss"]}
+        self.scalars(step, scalars | {"train/accuracy": facts["train_accuracy"]})
         scores = {name: value for name, value in result.items() if name != "confusion"}
         self.record(event="eval", step=step, epoch=epoch, split=split, **scores, best=best, **facts)
 
@@ -143,6 +147,7 @@ def run_facts(
     place, parameters = processes.device, sum(p.numel() for p in model.parameters() if p.requires_grad)
     return dict(
         run_id=run_id(args), model=config, parameters=parameters, gflops=gflops,
+        classes=data.classes, files=data.files,
         images=[len(data.train), len(data.valid), len(data.test)], selected_on=data.selected_on,
         processes=processes.world, precision=precision, torch=torch.__version__, memory_limit=args.memory_limit,
         device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 def parameter_groups(
@@ -79,7 +79,8 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     adamw = dict(lr=args.learning_rate, betas=tuple(args.betas), fused=fused)
-    matrices = {p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+    hidden = (p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2)
+    matrices = {p for p in hidden if p.requires_grad}
     if args.opt == "adamw" or not matrices:
         return torch.optim.AdamW(groups, **adamw)
     parts = [[], []]
@@ -93,19 +94,26 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
 
 
 class Average(AveragedModel):
-    """Exponential moving average of a model's weights, as torch's, which would wait for a GPU at every update."""
+    """Exponential moving average of a model's weights, as torch's, which would wait for a GPU at every update.
+
+    It warms up: update t decays by (1 + t) / (10 + t) at most, as in TensorFlow and timm, so that the first weights
+    don't stay in it for long.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(model)
+        self.decay, self.updates = decay, None
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        if self.n_averaged == 0:
-            return super().update_parameters(model)  # a copy
-        self.multi_avg_fn(list(self.module.parameters()), list(model.parameters()), None)
+        if self.updates is None:
+            self.updates = int(self.n_averaged)
+        decay = min(self.decay, self.updates / (9 + self.updates))  # 0 at first: a copy
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
         for mine, new in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(new)
         self.n_averaged += 1
+        self.updates += 1
 
 
 def make_scaler(loss_scale: float, device: torch.device, precision: str) -> torch.amp.GradScaler:

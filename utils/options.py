@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils import cli, foreign
 from utils.cli import Parser, Precision, Replaces, UserError, refuse, world_size
+from utils.image_folder import choose_dataset
 from utils.presets import AUGS, DATASETS, MAX_IMAGES, NORMALIZE, PICTURES
 from utils.run_files import MAX_RUN_ID, RunFiles, run_id
 
@@ -15,6 +16,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 
 HIDDEN = argparse.SUPPRESS
+DATA_DIR = "data"
 MODEL = dict(model_type="ViT-B_16", norm_type="LN", img_size=224)  # defaults, where no checkpoint says it
 SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()
 
@@ -27,6 +29,9 @@ def _add_device_flags(group) -> None:
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto takes the GPU if any")
     group.add_argument("--gpu_id", type=cli.count, default=0, help="which GPU, for one process; torchrun's LOCAL_RANK otherwise")
     group.add_argument("--num_workers", type=cli.bounded(int, 0, 1024), default=min(4, CORES), help="processes that decode a set too large for memory [4, or the cores]")
+    group.add_argument("--cache_dir", default=None, metavar="DIR", help="for decoded images of image folders [beside the data; the output folder where that cannot be written]")
+    group.add_argument("--no_cache", action="store_true", default=None, help="keep no decoded images on disk")
+    group.add_argument("--skip_broken", action="store_true", default=None, help="leave out images that cannot be read, rather than stop")
     group.add_argument("--memory_limit", type=cli.non_negative, default=None, metavar="GIB", help="splits of image folders up to this size as uint8 are kept in memory, larger ones are streamed [a quarter of what is free on the training device and on the host; a continued run keeps its limit]")
 
 
@@ -46,6 +51,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--output_dir", default="output", help="for logs and checkpoints")
     g.add_argument("--log_dir", default="logs", help="for TensorBoard")
     g.add_argument("--overwrite", action="store_true", help="delete this run's files and start anew")
+    g.add_argument("--extend", action="store_true", help="go on with a finished run, its optimizer included, up to more --epochs or --num_steps than it had; the learning rate goes on as in a run of that length")
     g.add_argument("--dry_run", action="store_true", help="check the flags and say what they would do: steps, whether the run is new, unfinished or finished, and how long it would take by finished runs of equal cost")
     g.add_argument("--cells", default=HIDDEN, metavar="FILE", help="with --dry_run: do that for every line of flags in FILE, each in front of the other flags")
     g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=cli.boolean, metavar="true", help="only evaluate --load_model_dir, or this run's best checkpoint, on the test set; writes nothing")
@@ -54,10 +60,12 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     _add_device_flags(g)
 
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default="cifar10", help="fashionmnist-mini is in the repository")
-    g.add_argument("--data_dir", default="data", help="where data sets are looked for and downloaded to; for imagefolder the folder that holds train/ and val/ or test/")
+    g.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, help="fashionmnist-mini is in the repository [imagefolder where --data_dir holds images, else cifar10]")
+    g.add_argument("--data_dir", default=DATA_DIR, help="where data sets are looked for and downloaded to; for imagefolder the folder that holds a folder a class, or train/ and val/ or test/ with these")
+    g.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder without class folders: columns file,label and perhaps split (train, val, test)")
+    g.add_argument("--test_fraction", type=cli.bounded(float, 0, 0.9, open_low=True), default=None, help="part of each class of an image folder without test images that is held out for testing [0.2 where there is no val/ either]")
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
-    g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
+    g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
     g.add_argument("--img_size", type=cli.positive_int, default=None, help="side in pixels that images are resized to [224, or that of --load_model_dir]")
     g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the checkpoint that is loaded, else half: to -1..1]")
     g.add_argument("--mean", type=cli.real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
@@ -113,7 +121,9 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--weight_decay_on_all", action="store_true", help="weight decay on what a model exempts, too")
     g.add_argument("--disable_weight_decay_on_bias_norm", action="store_true", help="no weight decay on biases and norms either")
     g.add_argument("--layer_decay", type=cli.bounded(float, 0, 1, open_low=True), default=1.0, help="learning rate of each block, as a factor of that of the block above")
-    g.add_argument("--ema_decay", type=cli.rate, default=0.0, help="average the weights exponentially with this decay; the average is what is evaluated and kept, the raw weights are scored beside it; 0 turns it off")
+    g.add_argument("--ema_decay", type=cli.below_one, default=0.0, help="average the weights exponentially with this decay, after a warm-up; average and raw weights are both evaluated, and the better ones count and are kept; 0 turns it off")
+    g.add_argument("--freeze", action="store_true", help="train the head alone, of --pretrained_dir; features are computed once where nothing about the images is random (--aug none)")
+    g.add_argument("--class_weights", choices=["balanced"], default=None, help="balanced: each class counts alike in the loss, however few images it has [all images count alike]")
     g.add_argument("--max_grad_norm", type=cli.non_negative, default=1.0, help="gradients are clipped to this norm; 0 turns it off")
     g.add_argument("--smoothing", type=cli.rate, default=0.0, help="label smoothing")
 
@@ -143,16 +153,18 @@ def eval_parser() -> Parser:
         description="Evaluate a checkpoint, classify single images with it, or look into it. Everything is rebuilt from the checkpoint.\n\n  python eval.py output/RUN_checkpoint.bin\n  python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png\n  python eval.py output/RUN_checkpoint.bin --plot attention errors",
     )
     p.add_argument("checkpoint", help="RUN_checkpoint.bin or RUN_last.bin of train.py")
-    p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set; with --plot attention, look at these")
+    p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set; of a folder all images in it, into predictions.csv; with --plot attention, look at these")
+    p.add_argument("--split", choices=["train", "val", "test"], default="test", help="which images of the data set are scored")
     p.add_argument("--plot", nargs="+", choices=PICTURES, default=None, metavar="KIND", help="draw pictures instead of scoring, as PNG and in the run's TensorBoard folder where that exists: attention (heads, the class token over images, rollout, distance), position (similarity of embeddings), patches (filters), errors (most confident mistakes)")
     p.add_argument("--export", default=None, metavar="FILE", help="write the model for other programs, with FILE's .json beside it: .safetensors (timm's names), .pt2 (torch.export) or .onnx (needs onnx and onnxscript)")
     p.add_argument("--blocks", type=cli.count, nargs="+", default=None, metavar="N", help="of --plot attention, counted from 0 [four, spread evenly]")
     p.add_argument("--heads", type=cli.count, nargs="+", default=None, metavar="N", help="the same of its heads [the first 12]")
     p.add_argument("--top", type=cli.positive_int, default=5, help="classes shown per image")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    p.add_argument("--output_dir", default=None, help="for the confusion matrix and pictures [the checkpoint's folder]")
+    p.add_argument("--output_dir", default=None, help="for predictions.csv, the confusion matrix and pictures [the checkpoint's folder]")
     p.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, help="whose test images are scored [that of the checkpoint]")
     p.add_argument("--data_dir", default=None, help="where it is looked for [that of the checkpoint]")
+    p.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder, as for train.py [that of the checkpoint]")
     p.add_argument("--emnist_split", choices=EMNIST_SPLITS, default=None, help="[that of the checkpoint]")
     p.add_argument("--eval_batch_size", type=cli.positive_int, default=None, help="images per forward pass [that of the checkpoint]")
     _add_device_flags(p)
@@ -215,9 +227,11 @@ def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict one another, with the value and the way out; fill in the run's name, the model that
-    is meant, and what -v evaluates.
+    """Refuse flags that contradict one another, with the value and the way out; fill in the data set, the run's name,
+    the model that is meant, and what -v evaluates.
     """
+    own_dir = args.data_dir if args.data_dir != DATA_DIR else None
+    args.dataset = choose_dataset(args.dataset, own_dir, args.labels) or "cifar10"
     args.name = args.dataset if args.name is None else args.name
     args.asked = {name: value for name in (*MODEL, *SIZES) if (value := getattr(args, name)) is not None}
     vars(args).update(MODEL | args.asked)
@@ -235,6 +249,8 @@ def check(args: argparse.Namespace) -> None:
     odd = (args.mixup or args.cutmix) and batch // parts % 2
     refuse(odd, f"--mixup and --cutmix need an even number of images per process and pass, not {share}")
     refuse(args.ra > batch, f"--ra {args.ra} is more than --train_batch_size {batch}")
+    foreign = args.labels and args.dataset not in (None, "imagefolder")
+    refuse(foreign, f"--labels {args.labels} goes with --dataset imagefolder, not {args.dataset}")
     refuse((args.mean is None) != (args.std is None), "--mean and --std go together")
     refuse(scale and scale[0] > scale[1], f"--scale {scale}: the first is above the second")
     for flag in ("scale", "aug_prob"):
@@ -243,6 +259,9 @@ def check(args: argparse.Namespace) -> None:
         refuse(not meant, f"--{flag} has no meaning with --aug {args.aug}; --aug {others} would take it")
     twice = args.grad_checkpoint and args.norm_type in ("BN", "Rescale")
     refuse(twice, f"--grad_checkpoint computes blocks twice, which {args.norm_type} would count in its statistics")
+    headless = args.freeze and not (args.pretrained_dir or args.load_model_dir)
+    refuse(headless, "--freeze trains the head alone, of weights that --pretrained_dir FILE gives; it is missing")
+    refuse(args.extend and args.overwrite, "--extend goes on with a run, --overwrite deletes it; leave one out")
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
     if args.validate and not both and not args.load_model_dir:
@@ -258,8 +277,6 @@ def check(args: argparse.Namespace) -> None:
     refuse(weights and os.path.isdir(weights), f"{weights}: a folder; name the file in it, as model.safetensors")
     way_out = "checkpoint/README.md says where weights are got; leave the flag out to start from scratch"
     refuse(weights and not os.path.isfile(weights), f"{weights}: no such file; {way_out}")
-    if args.num_steps and args.warmup_steps is not None:
-        check_warmup(args.warmup_steps, args.num_steps)
     for flag in () if args.validate else ("output_dir", "log_dir"):
         place = Path(getattr(args, flag))
         while not os.path.lexists(place):
@@ -274,17 +291,15 @@ def check_eval(args: argparse.Namespace) -> None:
     for flag in ("blocks", "heads"):
         missing = getattr(args, flag) is not None and "attention" not in plots
         refuse(missing, f"--{flag} chooses what --plot attention shows, which is missing")
+    args.dataset = choose_dataset(args.dataset, args.data_dir, args.labels)
     data = images and (args.dataset or args.data_dir)
     refuse(data, "--images classifies single files; leave out --dataset and --data_dir")
     others = " ".join(sorted({*plots} - {"attention"}))
     refuse(images and others, f"--images goes with --plot attention alone; draw {others} without --images")
+    folder = plots and next((image for image in images if os.path.isdir(image)), None)
+    refuse(folder, f"--images {folder}: --plot attention looks at single files")
     many = plots and len(images) > MAX_IMAGES
     refuse(many, f"--plot attention has room for {MAX_IMAGES} images, not {len(images)}")
-
-
-def check_warmup(warmup_steps: int, num_steps: int) -> None:
-    text = f"the warm-up of {warmup_steps} steps is not shorter than the run of {num_steps}; lower --warmup_steps"
-    refuse(warmup_steps >= num_steps, text)
 
 
 def resolve_model(args: argparse.Namespace, config: dict, row: dict) -> None:
@@ -311,8 +326,8 @@ def resolve_normalization(args: argparse.Namespace, pixels: tuple[list[float], l
         args.mean, args.std = map(list, pixels or NORMALIZE["half"])
 
 
-def resolve_steps(args: argparse.Namespace, images: int) -> None:
-    """Fill in num_steps, epochs and warmup_steps now that the number of training images is known."""
+def resolve_steps(args: argparse.Namespace, images: int) -> list[str]:
+    """Fill in num_steps, epochs and warmup_steps now that the number of training images is known; lines for the log."""
     per_epoch = images * args.ra / args.train_batch_size
     if args.num_steps is None:
         args.num_steps = max(1, round(args.epochs * per_epoch))
@@ -323,7 +338,12 @@ def resolve_steps(args: argparse.Namespace, images: int) -> None:
         args.warmup_steps = round(args.warmup_epochs * per_epoch)
     elif args.warmup_steps is None:
         args.warmup_steps = 500 if args.num_steps > 500 else args.num_steps // 10
-    check_warmup(args.warmup_steps, args.num_steps)
+    if args.warmup_steps < args.num_steps:
+        return []
+    asked, args.warmup_steps = args.warmup_steps, args.num_steps // 10
+    return [
+        f"Warm-up: {args.warmup_steps} steps, as the {asked} asked for are not fewer than the run's {args.num_steps}"
+    ]
 
 
 def precision(args: argparse.Namespace) -> str:

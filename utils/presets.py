@@ -19,7 +19,7 @@ DATASETS = {
                    url="https://www.nist.gov/itl/products-and-services/emnist-dataset"),
     "caltech101": dict(read="utils.datasets:caltech101", file="101_ObjectCategories/", folder="caltech101",
                        url="https://data.caltech.edu/records/mzrjq-6wc02"),
-    "imagefolder": dict(read="utils.datasets:image_folder"),
+    "imagefolder": dict(read="utils.image_folder:image_folder", labels=None),
 }
 # fmt: on
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.cli import UserError, refuse, refusing
-from utils.run_files import NOT_SETTINGS, RunFiles, read_records, read_text, run_id, settings
+from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_text, run_id, settings
 
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
 NORMS = ("LN", "BN", "GN", "Rescale")  # columns of every table
@@ -94,7 +94,7 @@ def _read_json(path: Path) -> Run:
     begins = records and records[0].get("event") == "start"
     refuse(not begins, f"{path}: does not begin with the record 'start'; move the file away")
     with refusing(f"{path}: not from this train.py", "move the file away"):
-        flags = dict(records[0]["settings"])
+        flags = dict([record for record in records if record.get("event") == "start"][-1]["settings"])  # as extended
         run = Run(
             id=path.stem, name=path.stem.rsplit(f"_{flags['model_type']}_norm_", 1)[0], model=flags["model_type"],
             norm=flags["norm_type"], image_size=flags["img_size"], seed=flags["seed"],
@@ -376,9 +376,9 @@ def plan(args: Namespace) -> tuple[str, float | None]:
     """
     files, now = RunFiles(args.output_dir, args.log_dir, run_id(args)), settings(args)
     steps = f"{args.num_steps} steps" if args.num_steps else f"{args.epochs:g} epochs"
-    if changed := files.differences(now):
+    if changed := files.differences(now, free=LENGTH if args.extend else ()):
         return f"{steps}; would be refused, as the run exists with {', '.join(changed[:3])}", 0.0
-    if files.state == "finished":
+    if files.state == "finished" and not args.extend:
         return f"{steps}; finished: {scores(files)}", 0.0
     try:
         runs, _ = read_runs(files.folder)

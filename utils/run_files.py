@@ -8,18 +8,20 @@ import shutil
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from utils.cli import UserError, refuse, refusing
 
 MAX_RUN_ID = 200  # bytes; file systems take 255, and suffixes and temporary names come on top
+LENGTH = ("num_steps", "epochs", "warmup_steps", "warmup_epochs")  # differ where a run is extended
 UNTIL_DATA = ("num_steps", "epochs", "warmup_steps", "mean", "std")  # may be None until data and weights are read
 
 # Flags that may differ between a run and its continuation, as they don't change what is computed.
 NOT_SETTINGS = frozenset(
     "name output_dir log_dir overwrite dry_run cells asked validate device gpu_id local_rank num_workers memory_limit "
-    "eval_batch_size log_every save_every ckpt_freq grad_checkpoint detect_anomaly".split()
+    "cache_dir no_cache skip_broken extend eval_batch_size log_every save_every ckpt_freq grad_checkpoint "
+    "detect_anomaly".split()
 )
 
 
@@ -73,9 +75,9 @@ class RunFiles:
         )
 
     def record(self, event: str) -> dict | None:
-        """The first record of a kind: 'start' has the settings, 'end' the results."""
+        """The newest record of a kind: 'start' has the settings, 'end' the results; an extended run has more starts."""
         records = read_records(self.json)[0] if self.json.exists() else []
-        return next((record for record in records if record.get("event") == event), None)
+        return next((record for record in reversed(records) if record.get("event") == event), None)
 
     @property
     def state(self) -> str:
@@ -85,10 +87,10 @@ class RunFiles:
         saved = self.last.exists() or self.previous.exists()
         return "unfinished" if saved or self.record("eval") else "new"
 
-    def differences(self, now: dict) -> list[str]:
+    def differences(self, now: dict, free: Iterable[str] = ()) -> list[str]:
         """Settings in which the run on disk differs from `now`, as 'NAME OLD -> NEW'; none where nothing was done yet.
 
-        Of UNTIL_DATA what is None in `now` is left out.
+        Of UNTIL_DATA what is None in `now` is left out, and so are those that are `free` to differ.
         """
         start = self.record("start")
         if start is None or self.state == "new":
@@ -99,11 +101,44 @@ class RunFiles:
         if now["num_steps"] is None:  # the epochs on disk have been rounded to whole steps
             steps = max(1, round(now["epochs"] * old["num_steps"] / old["epochs"]))
             now = now | dict(epochs=None, num_steps=steps)
+        # accumulation makes the same update of more passes, except where each pass has statistics of its own
+        free = {*free} if now.get("norm_type") in ("BN", "Rescale") else {*free, "gradient_accumulation_steps"}
         return [
             f"{name} {old[name]} -> {value}"
             for name, value in now.items()
-            if name in old and old[name] != value and not (value is None and name in UNTIL_DATA)
+            if name in old.keys() - free and old[name] != value and not (value is None and name in UNTIL_DATA)
         ]
+
+    def other_data(self, classes: list[str], files: dict[str, dict]) -> list[str]:
+        """What is different in the data since the run began: classes, or images, by `datasets.ImageSet.fingerprint`."""
+        start = self.record("start")
+        if start is None or "files" not in start or self.state == "new":
+            return []
+        was, old = start["classes"], start["files"]
+        found = [f"class {name} is gone" for name in was if name not in classes]
+        found += [f"class {name} is new" for name in classes if name not in was]
+        for split in sorted({*old, *files}):
+            for name in (name for name in classes if name in was):
+                before, now = (each.get(split, {}).get(name, [0, ""]) for each in (old, files))
+                if before[0] != now[0]:
+                    found.append(f"{split}/{name} {before[0]} -> {now[0]} images")
+                elif before != now:
+                    found.append(f"{split}/{name} other names or sizes of files")
+        return found if len(found) <= 10 else [*found[:10], f"and {len(found) - 10} more"]
+
+    def check_same(self, now: dict, classes: list[str], files: dict[str, dict], extend: bool = False) -> None:
+        """UserError where the run on disk has other settings or images, or isn't there to be extended."""
+        if changed := self.other_data(classes, files):
+            way_out = "bring them back, or start anew: another --name, with --load_model_dir"
+            text = f"{', '.join(changed)}; {way_out} {self.best} to keep what it learnt, or --overwrite"
+            raise UserError(f"run {self.id} exists with other images: {text}")
+        if extend:
+            refuse(self.state == "new", f"--extend: there is no run {self.id} to go on with")
+            had = self.record("start")["settings"]["num_steps"]
+            refuse(now["num_steps"] < had, f"--extend to {now['num_steps']} steps: run {self.id} has {had} already")
+        if changed := self.differences(now, free=LENGTH if extend else ()):
+            shown = ", ".join(changed)
+            raise UserError(f"run {self.id} exists with other settings: {shown}; another --name, or --overwrite")
 
     def delete(self) -> None:
         """Remove every file of the run; its settings last, by which a half-removed one is known."""

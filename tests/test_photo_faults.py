@@ -1,0 +1,216 @@
+"""What can befall a folder of photos in training, with real mounts and signals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, TINY, fork_train, in_process, places, write_folder
+from PIL import Image
+
+ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
+WORDS = ["--name", "run", *[word for word in TINY if word not in ("--dataset", "fashionmnist-mini")]]
+
+
+def mounting() -> list[str]:
+    """How to run a command in a namespace of mounts of its own."""
+    for command in (["unshare", "-m"], ["unshare", "-Urm"]):
+        mount = [*command, "sh", "-c", "mount -t tmpfs none /mnt"]
+        if shutil.which("unshare") and subprocess.run(mount, capture_output=True).returncode == 0:
+            return command
+    return []
+
+
+UNSHARE = mounting()
+needs_mounts = pytest.mark.skipif(not UNSHARE, reason="no mounts of one's own are allowed here (unshare -m)")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    write_folder(tmp_path / "photos", sizes=[(120, 130), (140, 112)], splits=["."], per_class=10)
+    return tmp_path / "photos"
+
+
+def words(photos, *more) -> list[str]:
+    more = ["--data_dir", photos, "--train_batch_size", 4, "--num_steps", 2, *places(photos.parent), *more]
+    return [*WORDS, *map(str, more)]
+
+
+def mounted(mounts: str, *words) -> subprocess.CompletedProcess:
+    command = [*UNSHARE, "sh", "-ec", f'{mounts}; exec "$@"', "sh", sys.executable, str(ROOT / "train.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+@needs_mounts
+def test_read_only_data(photos):
+    done = mounted(f"mount --bind {photos} {photos}; mount -o remount,ro,bind {photos}", *words(photos))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    (cache,) = (photos.parent / "output").glob("photos-*.train.cache.npz")
+    assert f"cache {cache}, 0.9 MB ({photos} cannot be written)" in done.stdout
+    assert not list(photos.glob("*.npz"))
+
+
+@needs_mounts
+@pytest.mark.parametrize("size, batch, workers", [(1, 64, 2), pytest.param(64, 512, 2, marks=pytest.mark.slow)])
+def test_small_shared_memory(photos, size, batch, workers):
+    more = ["--memory_limit", 0, "--num_workers", workers, "--train_batch_size", batch]
+    done = mounted(f"mount -t tmpfs -o size={size}M none /dev/shm", *words(photos, *more))
+    assert done.returncode == 0, done.stderr
+    assert f"/dev/shm has {size} MB, too few" in done.stderr and done.stderr.count("\n") == 1
+    assert "End Training!" in done.stdout
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts train.py as a process, which ends with the test."""
+    started = []
+
+    def begin(*words):
+        error = tmp_path / f"stderr{len(started)}"
+        started.append(fork_train(*words, error=error))
+        started[-1].error = error
+        return started[-1]
+
+    yield begin
+    for process in started:
+        for child in children(process.pid):
+            os.kill(child, signal.SIGKILL)
+        process.kill()
+        process.join()
+
+
+def children(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return list(map(int, file.read().split()))
+    except FileNotFoundError:
+        return []
+
+
+def wait_for_steps(process, photos, steps: int) -> None:
+    log, limit = photos.parent / "output" / f"{ID}.txt", time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("Global Steps") >= steps):
+        assert process.is_alive() and time.monotonic() < limit, process.error.read_text()
+        time.sleep(0.01)
+
+
+def streamed(photos, *more) -> list[str]:
+    return words(photos, "--memory_limit", 0, "--num_workers", 2, "--num_steps", 100_000, "--eval_every", 5, *more)
+
+
+def test_a_killed_worker_is_one_line(start, photos):
+    process = start(*streamed(photos, "--eval_every", 1000, "--save_every", 2))
+    last = photos.parent / "output" / f"{ID}_last.bin"
+    while not (last.exists() and children(process.pid)):
+        assert process.is_alive(), process.error.read_text()
+        time.sleep(0.01)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    process.join(30)
+    error = process.error.read_text()
+    assert process.exitcode == 2 and error.count("\n") == 1, error
+    assert "a process that decodes images was ended by the system" in error and "the same command goes on" in error
+
+
+@pytest.mark.parametrize(
+    "signum, workers", [(signal.SIGTERM, 2), pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow), (signal.SIGINT, 0)]
+)
+def test_a_signal_acts_within_seconds_while_data_stalls(start, photos, signum, workers):
+    process = start(*streamed(photos, "--num_workers", workers))
+    wait_for_steps(process, photos, 1)
+    for path in photos.rglob("*.png"):
+        path.unlink()
+        os.mkfifo(path)  # opened, it waits for a writer
+    time.sleep(1)
+    began = time.monotonic()
+    os.kill(process.pid, signum)
+    process.join(30)
+    assert time.monotonic() - began < 5 and process.exitcode == 128 + signum, process.error.read_text()
+    assert process.error.read_text() == ""
+    log = (photos.parent / "output" / f"{ID}.txt").read_text()
+    assert f"Signal {signum} while waiting for data, after step" in log
+    assert (photos.parent / "output" / f"{ID}_last.bin").exists()
+
+
+def test_a_file_that_vanishes_in_mid_run(start, photos):
+    process = start(*streamed(photos))
+    wait_for_steps(process, photos, 1)
+    gone = photos / "dog" / "003.png"
+    gone.rename(photos.parent / "kept.png")
+    process.join(60)
+    error = process.error.read_text()
+    assert process.exitcode == 2 and error.count("\n") == 1, error
+    assert f"{gone}: not a readable image (No such file or directory); bring it back" in error
+    steps = (photos.parent / "output" / f"{ID}.txt").read_text().count("Global Steps")
+    refused = in_process("train.py", *streamed(photos))
+    assert refused.returncode == 2 and "dog 8 -> 7 images" in refused.stderr, refused.stderr
+    assert "bring them back, or start anew" in refused.stderr
+    (photos.parent / "kept.png").rename(gone)
+    again = start(*streamed(photos))
+    wait_for_steps(again, photos, steps + 1)
+
+
+# ---------------------------------------------------------------- a run remembers its data
+
+
+@pytest.fixture
+def begun(photos):
+    """A finished run, and what the same command says after a change."""
+    assert in_process("train.py", *words(photos, "--test_fraction", 0.5)).returncode == 0
+
+    def again(*more) -> str:
+        done = in_process("train.py", *words(photos, "--test_fraction", 0.5, *more))
+        assert done.stderr.count("\n") <= 1
+        return done.stderr or done.stdout
+
+    assert "is finished" in again()
+    return again
+
+
+def test_renamed_and_added_classes_on_resume(begun, photos):
+    (photos / "cat").rename(photos / "zebra")
+    said = begun()
+    assert "exists with other images: class cat is gone, class zebra is new;" in said and "--overwrite" in said
+    (photos / "zebra").rename(photos / "cat")
+    assert "is finished" in begun()
+    shutil.copytree(photos / "cat", photos / "ant")
+    assert "other images: class ant is new" in begun()
+
+
+def test_swapped_and_changed_files_on_resume(begun, photos):
+    a, b, other = photos / "cat" / "000.png", photos / "cat" / "001.png", photos / "other.png"
+    a.rename(other)
+    b.rename(a)
+    other.rename(b)
+    assert "cat other names or sizes of files" in begun()
+    a.rename(other)
+    b.rename(a)
+    other.rename(b)
+    assert "is finished" in begun()
+    Image.new("RGB", (30, 30)).save(a)
+    assert "cat other names or sizes of files" in begun()
+    os.utime(b)
+    a.unlink()
+    assert "cat 5 -> 4 images" in begun()
+
+
+def test_a_run_without_fingerprint_goes_on(begun, photos):
+    """Of an older version."""
+    log = photos.parent / "output" / f"{ID}.jsonl"
+    first, *rest = log.read_text().splitlines()
+    start = {name: value for name, value in json.loads(first).items() if name not in ("files", "classes")}
+    log.write_text("\n".join([json.dumps(start), *rest]) + "\n")
+    (photos / "cat" / "000.png").unlink()
+    assert "is finished" in begun()
+
+
+@pytest.mark.parametrize("norm, goes_on", [("LN", True), ("BN", False), ("Rescale", False)])
+def test_other_accumulation_goes_on_unless_norms_count_passes(photos, norm, goes_on):
+    run = words(photos, "--norm_type", norm)
+    assert in_process("train.py", *run).returncode == 0
+    done = in_process("train.py", *run, "--gradient_accumulation_steps", "2")
+    assert ("is finished" in done.stdout) == goes_on, done.stderr
+    assert goes_on or "gradient_accumulation_steps 1 -> 2" in done.stderr

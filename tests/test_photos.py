@@ -1,0 +1,333 @@
+"""A user's own folder of images: which files count, how they are split, what is kept of large ones."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, in_process, places, write_folder
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from utils import datasets
+from utils.augment import Augment
+from utils.cli import UserError
+from utils.data_utils import PART, eval_batches
+from utils.datasets import Files, Ragged, load_data, read_image
+from utils.image_folder import choose_dataset, files_in, hold_out
+
+HALF = ([0.5] * 3, [0.5] * 3)
+
+
+def picture(path, size=(20, 20), colour=(200, 100, 50)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def names(part) -> list[str]:
+    return ["/".join(part.paths[i].split("/")[-2:]) for i in part.ids.tolist()]
+
+
+def said(data, text: str) -> str:
+    (line,) = [note for note in data.notes if text in note]
+    return line
+
+
+# ---------------------------------------------------------------- splits
+
+
+def write_classes(root, **classes: int) -> None:
+    for name, n in classes.items():
+        for i in range(n):
+            picture(root / name / f"{i}.png")
+
+
+def test_bare_class_folders_are_split_by_class(tmp_path):
+    write_classes(tmp_path, cat=20, dog=12, eel=1)
+    data = load_data("imagefolder", tmp_path, val_fraction=0.25)
+    counts = [part.labels.bincount(minlength=3).tolist() for part in (data.train, data.valid, data.test)]
+    assert counts == [[12, 8, 1], [4, 2, 0], [4, 2, 0]]
+    assert said(data, "Images a class") == "Images a class, train/val/test: cat 12/4/4, dog 8/2/2, eel 1/0/0"
+    assert "0.2 of each class are for testing (--test_fraction)" in said(data, "No test images")
+    everything = names(data.train) + names(data.valid) + names(data.test)
+    assert len(set(everything)) == 33
+    scored = load_data("imagefolder", tmp_path, val_fraction=0.25, train=False)
+    assert names(scored.test) == names(data.test) and scored.train is None
+    assert names(load_data("imagefolder", tmp_path).test) == names(data.test)
+    assert names(load_data("imagefolder", tmp_path, seed=1).test) != names(data.test)
+    picture(tmp_path / "cat" / "new.png")  # of a class of 21 still 4 are held out: one may change its side
+    assert len(set(names(load_data("imagefolder", tmp_path).test)) & set(names(data.test))) >= 5
+
+
+def test_the_split_is_the_same_on_every_machine():
+    """Held by its outcome: no order of folders, clock, or hash of this process decides."""
+    files = [f"cat/{i}.jpg" for i in range(10)]
+    assert hold_out(files, [0] * 10, 0.3, 42)[1] == [0, 1, 3]
+    assert hold_out(files[::-1], [0] * 10, 0.3, 42)[1] == [6, 8, 9]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.floats(0, 0.99), st.integers(0, 5))
+def test_hold_out_takes_a_share_of_each_class_and_leaves_one(labels, fraction, seed):
+    stays, held = hold_out([str(i) for i in range(len(labels))], labels, fraction, seed)
+    assert sorted(stays + held) == list(range(len(labels)))
+    for label in set(labels):
+        n = labels.count(label)
+        out = sum(labels[i] == label for i in held)
+        assert out < n and abs(out - fraction * n) <= (0.5 if out < n - 1 else 1 + fraction)
+
+
+@pytest.mark.parametrize(
+    "folders, chosen, sizes",
+    [
+        ("train/ test/", "test", (4, 4, 4)),
+        ("Train/ VALID/", "test", (4, 4, 4)),
+        ("train/ validation/ Test/", "val", (4, 4, 4)),
+        ("training/", "test", (4, 2, 2)),
+    ],
+)
+def test_names_of_split_folders(tmp_path, folders, chosen, sizes):
+    for folder in folders.split():
+        write_classes(tmp_path / folder, cat=2, dog=2)
+    data = load_data("imagefolder", tmp_path, test_fraction=0.5 if folders == "training/" else None)
+    found = len(data.train), len(data.valid), len(data.test)
+    assert (data.selected_on, found) == (chosen, sizes if folders != "training/" else (2, 2, 2))
+    if chosen == "val":
+        assert "validation" in data.valid.paths[0] and "Test" in data.test.paths[0]
+
+
+def test_val_folder_and_a_fraction_for_testing(tmp_path):
+    write_classes(tmp_path / "train", cat=10, dog=10)
+    write_classes(tmp_path / "val", cat=2, dog=2)
+    data = load_data("imagefolder", tmp_path, test_fraction=0.2)
+    assert (len(data.train), len(data.valid), len(data.test)) == (16, 4, 4) and data.selected_on == "val"
+
+
+def test_a_class_may_be_named_train(tmp_path):
+    write_classes(tmp_path, bus=5, train=5, car=5)
+    assert load_data("imagefolder", tmp_path).classes == ["bus", "car", "train"]
+
+
+def test_flat_test_images_without_classes_are_not_used(tmp_path):
+    write_classes(tmp_path / "train", cat=5, dog=5)
+    picture(tmp_path / "test" / "1.png")
+    data = load_data("imagefolder", tmp_path)
+    assert len(data.test) == 2 and said(data, "Not used") == "Not used: test"
+
+
+def test_layouts_without_a_way_through(tmp_path):
+    def message(root, **words) -> str:
+        with pytest.raises(UserError) as error:
+            load_data("imagefolder", root, **words)
+        return str(error.value)
+
+    write_classes(tmp_path / "a" / "photos", cat=2, dog=2)
+    assert f"is --data_dir {tmp_path}/a/photos meant?" in message(tmp_path / "a")
+    picture(tmp_path / "b" / "1.png")
+    assert "1 images without a class folder" in message(tmp_path / "b") and "--labels FILE.csv" in message(
+        tmp_path / "b"
+    )
+    write_classes(tmp_path / "c", cat=2, dog=2)
+    write_classes(tmp_path / "c" / "test", cat=2, dog=2)
+    assert f"holds cat, dog beside {tmp_path}/c/test; move the classes into train/" in message(tmp_path / "c")
+    for name in ("val", "Valid", "train"):
+        write_classes(tmp_path / "d" / name, cat=2, dog=2)
+    assert "are both the val images" in message(tmp_path / "d")
+    write_classes(tmp_path / "e", cat=2)
+    (tmp_path / "e" / "dog").mkdir()
+    (tmp_path / "e" / "dog" / "1.heic").touch()
+    assert "dog: no images in it (it holds 1 .heic)" in message(tmp_path / "e")
+    write_classes(tmp_path / "f" / "train", cat=2, dog=2)
+    write_classes(tmp_path / "f" / "test", cat=2, dog=2)
+    assert "has test images already" in message(tmp_path / "f", test_fraction=0.5)
+
+
+@pytest.mark.parametrize("text", ["file,label,split\n{rows}", "\ufeffFile;Label;Split\r\n{rows}"])
+def test_labels_from_a_table(tmp_path, text):
+    root = tmp_path / "flat"
+    rows = []
+    for i in range(12):
+        picture(root / f"deep{i % 2}" / f"{i}.png")
+        rows.append((f"deep{i % 2}/{i}.png", "cat" if i % 3 else "dog", ["train", "test", ""][i % 3 if i > 8 else 0]))
+    picture(root / "unnamed.png")
+    joiner, end = (";", "\r\n") if "\r\n" in text else (",", "\n")
+    (root / "labels.csv").write_text(text.format(rows=end.join(map(joiner.join, rows))), encoding="utf-8")
+    data = load_data("imagefolder", root, labels="labels.csv")
+    assert data.classes == ["cat", "dog"] and (len(data.train), len(data.test)) == (11, 1)
+    assert names(data.test) == ["deep0/10.png"] and "1 images that" in said(data, "Not used")
+    labels = {name: label for name, label, _ in rows}
+    for name, label in zip(names(data.train), data.train.labels.tolist(), strict=True):
+        assert data.classes[label] == labels[name]
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("name,kind\na.png,x\n", "no rows of file,label"),
+        ("file,label\nb.png,x\n", "1 files are not in .*, as b.png"),
+        ("file,label\na.png,x\na.png,y\n", "1 files come twice, as a.png"),
+        ("file,label,split\na.png,x,holdout\n", "split 'holdout' is none of train"),
+        ("file,label\na.png,\n", "1 files without a label, as a.png"),
+        ("", "cannot be read"),
+    ],
+)
+def test_a_table_with_mistakes(tmp_path, text, error):
+    picture(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=error):
+        load_data("imagefolder", tmp_path, labels=str(tmp_path / "t.csv"))
+
+
+def test_data_dir_alone_means_an_image_folder_where_it_holds_images(tmp_path):
+    assert choose_dataset(None, str(tmp_path), None) is None and choose_dataset(None, None, None) is None
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "notes.txt").touch()
+    assert choose_dataset(None, str(tmp_path), None) is None
+    picture(tmp_path / "cat" / "1.png")
+    assert choose_dataset(None, str(tmp_path), None) == "imagefolder"
+    assert choose_dataset("cifar10", str(tmp_path), None) == "cifar10"
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_which_files_count(tmp_path):
+    """Hidden ones never; links are, once around a loop; other suffixes are counted; formats are Pillow's."""
+    write_classes(tmp_path / "photos", cat=3, dog=3)
+    cat = tmp_path / "photos" / "cat"
+    for hidden in (".DS_Store", "._0.png", ".ipynb_checkpoints/0-checkpoint.png", ".cache/x/y.png"):
+        picture(cat / hidden) if hidden.endswith("png") else (cat / hidden).touch()
+    (tmp_path / "photos" / ".git").mkdir()
+    for other in ("a.txt", "b.txt", "c.mp4", "README", "d.eps"):
+        (cat / other).touch()
+    for kind in ("jp2", "tga", "webp", "JPG", "ppm", "ico"):
+        picture(cat / f"format.{kind}", size=(32, 32))
+    picture(tmp_path / "elsewhere" / "linked.png")
+    (cat / "link").symlink_to(tmp_path / "elsewhere")
+    (cat / "loop").symlink_to(tmp_path / "photos")
+    data = load_data("imagefolder", tmp_path / "photos", test_fraction=0.4)
+    found = sorted(name for name in names(data.train) + names(data.test) if name.startswith(("cat/", "link/")))
+    formats = [f"cat/format.{kind}" for kind in ("JPG", "ico", "jp2", "ppm", "tga", "webp")]
+    assert set(found) >= {"cat/0.png", "cat/1.png", "cat/2.png", *formats, "link/linked.png"}
+    assert not any("/." in name for name in found)
+    assert said(data, "Not read").endswith(": 2 .txt, 1 without suffix, 1 .mp4, 1 .eps")
+    assert len(list(files_in(tmp_path / "photos"))) < 60
+
+
+def test_names_of_classes_are_compared_composed(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
+    assert composed != apart
+    write_classes(tmp_path / "train", **{composed: 2, "dog": 2})
+    write_classes(tmp_path / "test", **{apart: 2, "dog": 2})
+    data = load_data("imagefolder", tmp_path)
+    assert data.classes == [composed, "dog"] and data.test.labels.tolist() == [0, 0, 1, 1]
+    assert load_data("imagefolder", tmp_path, train=False, classes=["dog", apart]).test.labels.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("memory_limit", [1.0, 0.0])
+@pytest.mark.parametrize("when", ["first", "cached"])
+def test_all_broken_images_are_named_at_once_or_skipped(tmp_path, memory_limit, when):
+    write_classes(tmp_path / "train", cat=6, dog=6)
+    write_classes(tmp_path / "test", cat=3, dog=3)
+    broken = ["train/cat/0.png", "train/dog/5.png", "test/dog/1.png"]
+    for i, name in enumerate(broken):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes([b"", b"no image", whole[: len(whole) // 2]][i])
+    for _ in range(1 + (when == "cached")):
+        with pytest.raises(UserError) as error:
+            load_data("imagefolder", tmp_path, memory_limit=memory_limit)
+    assert all(f"{tmp_path}/{name}: not a readable image" in str(error.value) for name in broken)
+    assert "--skip_broken" in str(error.value)
+    data = load_data("imagefolder", tmp_path, memory_limit=memory_limit, skip_broken=True)
+    assert len(data.train) == 10 and len(data.test) == 5 and "--skip_broken says: 3" in said(data, "Left out")
+    assert "cat/0.png" not in names(data.train) and "dog/1.png" not in names(data.test)
+    seen = [
+        images for images, _ in eval_batches(data.train, Augment(20, *HALF), batch_size=4, device=torch.device("cpu"))
+    ]
+    assert torch.equal(torch.cat(seen), seen[0][:1].expand(10, -1, -1, -1))
+
+
+@pytest.mark.parametrize("mode, kind", [("I", "tif"), ("F", "tif"), ("I", "im")])
+def test_pixels_of_32_bits_are_refused(tmp_path, mode, kind):
+    values = np.arange(400, dtype=np.int32 if mode == "I" else np.float32).reshape(20, 20)
+    Image.fromarray(values).save(tmp_path / f"a.{kind}")
+    with pytest.raises(UserError, match="pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits"):
+        read_image(tmp_path / f"a.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
+def test_gray_of_16_bits_is_scaled(tmp_path, kind):
+    Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)).save(tmp_path / f"a.{kind}")
+    assert np.asarray(read_image(tmp_path / f"a.{kind}"))[:, :, 0].flatten().tolist() == list(range(256))
+
+
+# ---------------------------------------------------------------- large images
+
+
+def test_large_images_are_kept_as_large_as_crops_need(tmp_path):
+    write_folder(tmp_path, sizes=[(900, 600), (300, 2400), (50, 60)], per_class=3)
+    data = load_data("imagefolder", tmp_path, short_side=100)
+    sizes = data.train.sizes.tolist()
+    assert sizes[:3] == [[150, 100], [100, 800], [50, 60]] and data.train.source.pixels.numel() < 6 * 3 * 100 * 900
+    assert "60x50 to 2400x300 pixels, kept at a short side of 100" in said(data, "Images, train")
+    streamed = load_data("imagefolder", tmp_path, short_side=100, memory_limit=0)
+    assert isinstance(streamed.train.source, Files) and "streamed, as 0.6 MB are more than" in said(
+        streamed, "Images, train"
+    )
+    augment = Augment(30, *HALF)
+    both = [
+        next(eval_batches(part.train, augment, batch_size=6, device=torch.device("cpu")))[0]
+        for part in (data, streamed)
+    ]
+    assert (both[0] - both[1]).abs().max() < 0.06  # those of 4 x 30 pixels or more are reduced once more
+
+
+def test_a_batch_of_many_sizes_takes_no_more_than_its_part(monkeypatch):
+    """One wide and one tall image among small ones: padded, all would take 16 GB."""
+    shapes = [(20, 20)] * 30 + [(60, 30_000), (30_000, 60)] + [(20, 20)] * 30
+    sizes = torch.tensor(shapes)
+    pixels = torch.arange(int(3 * sizes.prod(dim=1).sum()), dtype=torch.int64).remainder(251).to(torch.uint8)
+    source, taken = Ragged(pixels, sizes), []
+    take = Ragged.take
+    monkeypatch.setattr(Ragged, "take", lambda self, ids: taken.append(batch := take(self, ids)) or batch)
+    data = datasets.ImageSet(source, torch.arange(62), torch.zeros(62, dtype=torch.int64))
+    ((images, _),) = eval_batches(data, Augment(16, *HALF), batch_size=62, device=torch.device("cpu"))
+    assert images.shape == (62, 3, 16, 16) and sum(map(len, taken)) == 62
+    assert len(taken) < 6 and max(batch.nbytes for batch in taken) < PART
+    alone = torch.cat([x for x, _ in eval_batches(data, Augment(16, *HALF), batch_size=1, device=torch.device("cpu"))])
+    assert torch.allclose(images, alone, atol=1e-5)
+
+
+def test_where_the_cache_lies(tmp_path):
+    write_folder(tmp_path / "photos", sizes=[(20, 30), (40, 28)])
+    data = load_data("imagefolder", tmp_path / "photos")
+    assert f"cache {tmp_path}/photos/train.cache.npz" in said(data, "Images, train")
+    (tmp_path / "photos" / "train.cache.npz").unlink()
+    data = load_data("imagefolder", tmp_path / "photos", cache_dirs=[tmp_path / "cache"])
+    (path,) = (tmp_path / "cache").glob("photos-????????.train.cache.npz")
+    assert f"cache {path}" in said(data, "Images, train")
+    assert not (tmp_path / "photos" / "train.cache.npz").exists()
+    before = path.stat().st_mtime_ns
+    load_data("imagefolder", tmp_path / "photos", cache_dirs=[tmp_path / "cache"])
+    assert path.stat().st_mtime_ns == before
+    data = load_data("imagefolder", tmp_path / "photos", cache_dirs=[])
+    assert said(data, "Images, train").endswith("; no cache")
+
+
+def test_the_data_is_shown_before_the_first_step(tmp_path):
+    write_classes(tmp_path / "photos", cat=10, dog=6)
+    words = ["--name", "run", *TINY, "--data_dir", tmp_path / "photos", "--train_batch_size", 4, "--num_steps", 1]
+    words = [word for word in words if word not in ("--dataset", "fashionmnist-mini")]
+    done = in_process("train.py", *words, *places(tmp_path))
+    assert done.returncode == 0, done.stderr
+    before = done.stdout[: done.stdout.index("Global Steps")]
+    assert "Images a class, train/test: cat 8/2, dog 5/1" in before and "No test images, so 0.2" in before
+    checkpoint = tmp_path / "output" / "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F_checkpoint.bin"
+    scored = in_process("eval.py", checkpoint)
+    assert "/3)" in scored.stdout, scored.stderr
+
+
+def test_of_many_classes_the_largest_and_smallest_are_shown(tmp_path):
+    write_classes(tmp_path, **{f"c{i:02}": i for i in range(3, 30)})
+    line = said(load_data("imagefolder", tmp_path), "Images a class")
+    assert "c29 23/6, c28 22/6" in line and line.endswith("c04 3/1, c03 2/1") and "..., " in line and "c15" not in line

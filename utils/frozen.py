@@ -1,0 +1,75 @@
+"""--freeze: the head alone is trained, on what the rest of the model makes of the images.
+
+That is computed once where nothing about the images is random, and in every step where something is.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from utils.augment import Augment
+from utils.cli import UserError
+from utils.datasets import Data, ImageSet, Uniform
+
+
+def freeze(model: nn.Module, name: str) -> None:
+    """Train nothing but `model.head`. UserError where there is none."""
+    if not isinstance(getattr(model, "head", None), nn.Linear):
+        raise UserError(f"--freeze trains a model's head, a torch.nn.Linear; {name} has none")
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+
+
+def train_mode(model: nn.Module, frozen: bool) -> None:
+    """Training mode; of a frozen model in the head alone, so that the rest drops nothing and counts no statistics."""
+    model.train(not frozen)
+    if frozen:
+        model.head.train()
+
+
+class Features:
+    """In the place of an `Augment` for what `features_of` gives: there is nothing to draw and to change."""
+
+    size = 0
+
+    def draw(self, sizes: torch.Tensor, generator=None, progress: float = 0.0) -> dict:
+        return {}
+
+    def __call__(self, images: torch.Tensor, params: dict) -> torch.Tensor:
+        return images
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, images: ImageSet, batches: Iterable, autocast: Callable) -> ImageSet:
+    """The same images as what the model's head is given for them, (n, dim) float32 on its device.
+
+    `batches` are all of them in order, as `data_utils.eval_batches` gives them.
+    """
+    model.eval()
+    found = []
+    hook = model.head.register_forward_pre_hook(lambda head, given: found.append(given[0].float()))
+    for x, _ in batches:
+        with autocast():
+            model(x)
+    hook.remove()
+    return replace(images, source=Uniform(torch.cat(found)), ids=torch.arange(len(images)))
+
+
+def on_features(
+    model: nn.Module, data: Data, augment: Augment, eval_augment: Augment, batches: Callable, autocast: Callable
+) -> Data:
+    """A data set with features in the place of images; `batches(images, augment)` as for `features_of`."""
+
+    def compute(images: ImageSet, augment: Augment) -> ImageSet:
+        return features_of(model, images, batches(images, augment), autocast)
+
+    train, test = compute(data.train, augment), compute(data.test, eval_augment)
+    valid = test if data.valid is data.test else compute(data.valid, eval_augment)
+    return replace(data, train=train, valid=valid, test=test)
+
+
+def is_random(a: Augment) -> bool:
+    """Whether an augmentation gives an image another way each time; one of a class of its own may."""
+    return type(a) is not Augment or bool(a.scale or a.flip or a.pad or a.rotation or a.operations or a.reprob)

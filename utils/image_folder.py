@@ -1,0 +1,219 @@
+"""Image folders: which files count, of which class, in which split. Imports no torch, so that a flag can ask.
+
+DIR/train/CLASS/**/*.jpg, DIR/val/..., DIR/test/...     val may be valid or validation; any case
+DIR/CLASS/**/*.jpg                                      split by `hold_out`
+DIR/**/*.jpg and a table file,label[,split]             --labels
+"""
+
+import csv
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+
+from utils.cli import refuse, refusing
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS |= {"testing": "test"}
+NO_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows the name alone, or calls another program
+LAYOUTS = "it holds CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg"
+
+
+@lru_cache
+def suffixes() -> frozenset[str]:
+    """Of all formats that the installed Pillow reads, in lower case."""
+    from PIL import Image
+
+    Image.init()
+    formats = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, kind in formats if kind in Image.OPEN and kind not in NO_FORMATS)
+
+
+def suffix_of(path: str | os.PathLike) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def nfc(text: str) -> str:
+    """Unicode's composed form: what macOS and others write differently becomes the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _visible(folder: str | os.PathLike) -> list[os.DirEntry]:
+    with refusing(f"{folder}: cannot be read", "mend that", OSError), os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: nfc(entry.name))
+
+
+def files_in(folder: str | os.PathLike, above: tuple = ()) -> Iterator[str]:
+    """Visible files below a folder, by name. Links are followed, but not back into a folder that holds them."""
+    info = os.stat(folder)
+    here = (info.st_dev, info.st_ino)
+    for entry in _visible(folder) if here not in above else ():
+        if entry.is_dir():
+            yield from files_in(entry.path, (*above, here))
+        elif entry.is_file() or entry.is_symlink():
+            yield entry.path
+
+
+def holds_images(root: str | os.PathLike) -> bool:
+    """Whether there are images in a folder, in its folders, or in theirs."""
+    folders = [root]
+    for _ in range(3):
+        entries = [entry for folder in folders if os.access(folder, os.R_OK) for entry in _visible(folder)]
+        if any(suffix_of(entry.name) in suffixes() and entry.is_file() for entry in entries):
+            return True
+        folders = [entry.path for entry in entries if entry.is_dir()]
+    return False
+
+
+def choose_dataset(dataset: str | None, data_dir: str | None, labels: str | None) -> str | None:
+    """The --dataset that is meant where it isn't given: a data folder that holds images is an image folder."""
+    if dataset is None and (labels or (data_dir and os.path.isdir(data_dir) and holds_images(data_dir))):
+        return "imagefolder"
+    return dataset
+
+
+def check_known(where: Path | str, found: Iterable[str], classes: list[str]) -> None:
+    other = [name for name in found if name not in classes]
+    known = f"the {len(classes)} known: {', '.join(classes[:10])}"
+    refuse(other, f"{where}: class {''.join(other[:1])!r} is not among {known}")
+
+
+class Skipped(Counter):
+    """Files that are no images for Pillow, counted by suffix."""
+
+    def images(self, paths: Iterable[str]) -> list[str]:
+        """Paths of images, the others counted."""
+        kept = []
+        for path in paths:
+            kind = suffix_of(path)
+            if kind in suffixes():
+                kept.append(path)
+            else:
+                self[kind or "without suffix"] += 1
+        return kept
+
+    def __str__(self) -> str:
+        return ", ".join(f"{n} {kind}" for kind, n in self.most_common())
+
+
+def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str, list[str]], Skipped]:
+    """Images of each class, by its name, of folder/CLASS/**/*.jpg and so on. UserError: none, or an empty class."""
+    found, skipped = {}, Skipped()
+    for entry in _visible(folder):
+        if entry.is_dir() and entry.name not in leave_out:
+            name = nfc(entry.name)
+            refuse(not name.isprintable(), f"{entry.path}: the name of a class must be printable text; rename it")
+            others = Skipped()
+            found.setdefault(name, []).extend(others.images(files_in(entry.path)))
+            skipped.update(others)
+            held = f"it holds {others}" if others else "it is empty"
+            refuse(not found[name], f"{entry.path}: no images in it ({held}); add some, or remove the folder")
+    refuse(not found, f"{folder}: no class folders in it; images belong into {folder}/CLASS/")
+    return dict(sorted(found.items())), skipped
+
+
+def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Folders that are splits by name, and the names of the others; one that holds images itself is no split."""
+    splits, others = {}, []
+    for entry in _visible(root):
+        if not entry.is_dir():
+            continue
+        split = SPLITS.get(entry.name.lower())
+        inside = _visible(entry.path) if split else []
+        if not split or (inside and not any(each.is_dir() for each in inside)):
+            others.append(entry.name)
+            continue
+        path = Path(entry.path)
+        refuse(split in splits, f"{splits.get(split)} and {path} are both the {split} images; keep one of them")
+        splits[split] = path
+    return splits, others
+
+
+def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str], list[str]]:
+    """Paths and labels of each split that there is, the names of the classes, and lines for the log."""
+    refuse(not root.is_dir(), f"--data_dir {root}: no such folder; {LAYOUTS}")
+    if labels:
+        return _from_table(root, Path(labels))
+    splits, others = _split_folders(root)
+    if not splits:
+        loose = Skipped().images(entry.path for entry in _visible(root) if entry.is_file())
+        name = f"--data_dir {root}: {len(loose)} images without a class folder"
+        refuse(loose and not others, f"{name}; {LAYOUTS}, or name each one's class with --labels FILE.csv")
+        refuse(not others, f"--data_dir {root}: no images in it; {LAYOUTS}")
+        inner = root / others[0]
+        deeper = len(others) == 1 and sum(entry.is_dir() for entry in _visible(inner)) > 1
+        refuse(deeper, f"--data_dir {root}: only one class, {others[0]}; is --data_dir {inner} meant?")
+        splits, unused = {"train": root}, [f"{len(loose)} images outside of the class folders"] * bool(loose)
+    else:
+        unused = others
+        mixed = others and "train" not in splits
+        also = ", ".join(others[:5])
+        refuse(mixed, f"--data_dir {root}: holds {also} beside {min(splits.values())}; move the classes into train/")
+    sets, classes, skipped, notes = {}, [], Skipped(), []
+    for split in sorted(splits, key="train val test".split().index):
+        found, other = class_folders(splits[split])
+        skipped.update(other)
+        classes = classes or list(found)
+        check_known(splits[split], found, classes)
+        paths = [path for images in found.values() for path in images]
+        sets[split] = paths, [classes.index(name) for name, images in found.items() for _ in images]
+    if skipped:
+        notes.append(f"Not read, as no image for this Pillow: {skipped}")
+    if unused:
+        notes.append(f"Not used: {', '.join(unused)}")
+    return sets, classes, notes
+
+
+def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
+    """The same from a CSV with the columns file (below the root), label and perhaps split."""
+    table = table if table.is_file() else root / table
+    with refusing(f"--labels {table}: cannot be read", "a CSV in UTF-8 with the columns file,label[,split]"):
+        lines = table.read_text(encoding="utf-8-sig").splitlines()
+        delimiter = ";" if ";" in lines[0] and "," not in lines[0] else ","
+        rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
+                for row in csv.DictReader(lines, delimiter=delimiter)]  # fmt: skip
+    refuse(not rows or not {"file", "label"} <= rows[0].keys(), f"--labels {table}: no rows of file,label[,split]")
+    wrong = sorted({row["split"] for row in rows if row.get("split") and row["split"].lower() not in SPLITS})
+    refuse(wrong, f"--labels {table}: split {''.join(wrong[:1])!r} is none of {' '.join(SPLITS)}")
+    names = [nfc(row["file"]) for row in rows]
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    refuse(twice, f"--labels {table}: {len(twice)} files come twice, as {''.join(twice[:1])}")
+    unlabelled = [name for name, row in zip(names, rows, strict=True) if not row["label"]]
+    refuse(unlabelled, f"--labels {table}: {len(unlabelled)} files without a label, as {''.join(unlabelled[:1])}")
+    there = {nfc(os.path.relpath(path, root)): path for path in files_in(root)}
+    absent = [name for name in names if name not in there]
+    refuse(absent, f"--labels {table}: {len(absent)} files are not in {root}, as {''.join(absent[:1])}")
+    classes = sorted({nfc(row["label"]) for row in rows})
+    sets = {}
+    for name, row in sorted(zip(names, rows, strict=True), key=lambda pair: pair[0]):
+        paths, labels = sets.setdefault(SPLITS[(row.get("split") or "train").lower()], ([], []))
+        paths.append(there[name])
+        labels.append(classes.index(nfc(row["label"])))
+    rest = len(Skipped().images(there.values())) - len(rows)
+    return sets, classes, [f"Not used: {rest} images that {table} does not name"] * (rest > 0)
+
+
+def hold_out(names: list[str], labels: list[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Places that stay, and that are held out: this part of each class, rounded, but never its last image.
+
+    The seed and an image's name decide which ones, whatever the machine; another image in the folder changes one side
+    at most.
+    """
+    keys = [(label, sha256(f"{seed}\0{name}".encode()).digest()) for name, label in zip(names, labels, strict=True)]
+    held = []
+    for _, group in groupby(sorted(range(len(keys)), key=keys.__getitem__), key=labels.__getitem__):
+        places = list(group)
+        held += places[: min(round(fraction * len(places)), len(places) - 1)]
+    return sorted(set(range(len(keys))) - set(held)), sorted(held)
+
+
+def refuse_broken(broken: dict[str, str], skip: bool) -> list[str]:
+    """Name all images that cannot be read, with the reasons, in a UserError; with `skip` in a line for the log."""
+    shown = [f"{path}: {reason}" for path, reason in list(broken.items())[:100]]
+    more = f"; and {len(broken) - 100} more" if len(broken) > 100 else ""
+    refuse(broken and not skip, f"{'; '.join(shown)}{more}; mend or remove, or --skip_broken leaves out what is broken")
+    return [f"Left out, as --skip_broken says: {len(broken)}, {'; '.join(shown[:5])}"] if broken else []

@@ -1,0 +1,19 @@
+"""The loss of training."""
+
+import torch
+import torch.nn.functional as F
+
+
+def loss_of(
+    logits: torch.Tensor, labels: torch.Tensor, smoothing: float, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy of logits (b, classes) and labels (b,) or targets (b, classes), each image's by its weight."""
+    if class_weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    return (loss * (class_weights[labels] if labels.ndim == 1 else labels @ class_weights)).mean()
+
+
+def balanced_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Weights (num_classes,) by which each class counts alike in a sum over all labels (n,); their mean is 1."""
+    return len(labels) / num_classes / labels.bincount(minlength=num_classes).clamp(min=1)
