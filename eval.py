@@ -6,6 +6,7 @@
     python eval.py output/RUN_checkpoint.bin --images folder                # all images in it: predictions.csv
     python eval.py output/RUN_checkpoint.bin --json                         # for programs
     python eval.py output/RUN_checkpoint.bin --plot attention position patches errors   # pictures
+    python eval.py output/RUN_checkpoint.bin --export model.safetensors     # for timm; .pt2 and .onnx for others
 
 Model, classes, normalisation and precision come from the checkpoint. The confusion matrix is drawn beside it, and so
 are the pictures; those go to the run's TensorBoard folder too, where that exists. From Python:
@@ -18,6 +19,7 @@ from utils import cli, options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.eval_parser().parse_args(None, options.check_eval)
+    cli.say("Loading PyTorch ...")
 
 import csv
 import json
@@ -39,6 +41,7 @@ from utils.augment import eval_augment, short_side
 from utils.cli import UserError, refuse, refusing
 from utils.datasets import ImageSet, data_words, load_data, read_image
 from utils.device import autocast, choose_device, memory_limit, usable_precision
+from utils.export import export
 from utils.image_folder import files_in, suffix_of, suffixes
 
 Images = str | Path | Image.Image | torch.Tensor | Sequence[str | Path | Image.Image | torch.Tensor]
@@ -83,7 +86,8 @@ class Classifier:
 
     def __init__(self, path: str | Path, state: dict, device: torch.device):
         self.args, self.classes, self.step = Namespace(**state["args"]), state["classes"], state["step"]
-        self.model = create_model(**state["config"])
+        self.config = state["config"]  # words of create_model
+        self.model = create_model(**self.config)
         self.model.load_state_dict(checkpoint.kept_weights(state))
         self.model.to(device).eval()
         self.device, self.name = device, Path(path).stem.removesuffix("_checkpoint")
@@ -120,6 +124,13 @@ class Classifier:
             names = [self.classes[i] for i in label.tolist()]
             answers.append(list(zip(names, probability.tolist(), strict=True)))
         return answers
+
+    def facts(self) -> dict:
+        """What another program needs to know of the model: preparation of images, classes, and what made it."""
+        args = self.args
+        pixels = dict(image_size=args.img_size, image_mean=args.mean, image_std=args.std)
+        pixels |= dict(interpolation=args.interpolation, crop_pct=args.crop_pct)
+        return dict(run=self.name, step=self.step, **pixels, classes=self.classes, model=self.config)
 
     def test_images(self) -> ImageSet:
         """The test images of the data set that `args` name."""
@@ -228,8 +239,11 @@ def main(args: Namespace) -> int:
     if args.split != "test":
         run.name += f"_{args.split}"
     if args.plot:
-        paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks)
+        paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks, args.heads)
         print(json.dumps(paths) if args.json else "\n".join(paths.values()))
+    elif args.export:
+        beside = export(run.model, args.export, run.facts())
+        print(f"{args.export}: gives the model's logits; {beside}: how to prepare images, and the classes")
     elif args.images and any(map(os.path.isdir, args.images)):
         predict_folder(run, args.images, args, folder)
     elif args.images:

@@ -10,6 +10,7 @@ that of the best checkpoint, mean and sample standard deviation over seeds; unfi
 are in no mean. Files that are not of a run are named and left out.
 """
 
+from models import MODELS
 from utils import cli, options
 from utils.cli import refuse
 
@@ -24,20 +25,30 @@ from pathlib import Path
 
 from utils import results
 from utils.results import Row, Run
-from utils.vis_utils import new_figure
+from utils.vis_utils import legend_below, legible, new_figure
 
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+COLOURS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#000000",
+    "#66ccee",
+    "#aa3377",
+)  # Paul Tol's, one unlike the next
+FEW = 20  # evaluations that are points, too
 
 
 def draw_run(run: Run, logs: Path | None):
     """Evaluated loss and accuracy against steps, and beside them the training loss; with `logs`, of every step."""
     steps, train = results.read_board(logs / (run.settings.get("name") or run.id), "train/loss") if logs else ([], [])
     history = bool(steps) or len(run.train_loss) == len(run.steps) > 0
-    state = f"best {100 * run.best:.2f} %, last {100 * run.last:.2f} %" if run.finished else run.progress
-    figure = new_figure(12 if history else 7, 4.5, f"{run.id}\n{run.dataset}: {state}")
+    state = f"best {100 * run.best:.2f} %, last {100 * run.last:.2f} %" if run.finished else run.best_so_far
+    figure = new_figure(12 if history else 7, 4.5, "\n".join(legible([run.id, f"{run.dataset}: {state}"])))
     left = figure.add_subplot(1, 1 + history, 1)
     right = left.twinx()
-    style = dict(marker="o" if len(run.steps) <= 20 else None, markersize=3)  # a few are points, many a line
+    style = dict(marker="o" if len(run.steps) <= FEW else None, markersize=3)  # a few are points, many a line
     losses = left.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style)
     scores = [100 * value for value in run.accuracy]
     scores = right.plot(run.steps, scores, color="tab:blue", label=f"{run.chosen_on} accuracy", **style)
@@ -48,10 +59,15 @@ def draw_run(run: Run, logs: Path | None):
     left.legend(handles=losses + scores, loc="center right")
     if history:
         axes = figure.add_subplot(1, 2, 2)
+        harder = dict(augmented=run.settings.get("aug", "none") != "none", smoothed=run.settings.get("smoothing"))
+        harder |= dict(mixed=run.settings.get("mixup") or run.settings.get("cutmix"))
+        how = ", ".join(word for word, so in harder.items() if so)
+        how = f" ({how})" if how else ""
         if steps:
-            axes.plot(steps, train, color="tab:orange", alpha=0.4, linewidth=0.8, label="training loss, one step")
-        if len(run.train_loss) == len(run.steps):
-            axes.plot(run.steps, run.train_loss, color="tab:red", label="training loss, mean", **style)
+            axes.plot(steps, train, color="tab:orange", alpha=0.4, linewidth=0.8, label=f"training loss{how}, one step")
+        if len(run.train_loss) == len(run.steps):  # of the steps since the evaluation before, so in their middle
+            middles = [(start + end) / 2 for start, end in zip([0, *run.steps], run.steps, strict=False)]
+            axes.plot(middles, run.train_loss, color="tab:red", label=f"training loss{how}, mean", **style)
         axes.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style)
         axes.set(xlabel="step", ylabel="loss", title="Training history")
         axes.grid(alpha=0.3)
@@ -69,37 +85,41 @@ def curve(runs: list[Run], values: str) -> tuple[list[int], list[float], list[fl
 
 
 def looks(rows: list[Row]) -> list[dict]:
-    """Colour and line of each row: one tells the norm and the start, the other the model, whichever are more."""
+    """Colour and line of each row: one tells the norm and the start, the other the model, whichever are more; where
+    there are not enough of them, neighbours have other colours, and lines go round more slowly.
+    """
     norms = [f"{row.run.norm} {row.run.pretrained}" for row in rows]
     models = [row.label for row in rows]
     colours, lines = (norms, models) if len(set(norms)) >= len(set(models)) else (models, norms)
     by_colour, by_line = (list(dict.fromkeys(names)) for names in (colours, lines))
-    return [
-        dict(color=f"C{by_colour.index(colour) % 10}", linestyle=LINES[by_line.index(line) % len(LINES)])
-        for colour, line in zip(colours, lines, strict=True)
-    ]
+    places = [(by_colour.index(colour), by_line.index(line)) for colour, line in zip(colours, lines, strict=True)]
+    if len(by_colour) > len(COLOURS) or len(by_line) > len(LINES):
+        places = [(i % len(COLOURS), i // len(COLOURS) % len(LINES)) for i in range(len(rows))]
+    return [dict(color=COLOURS[colour], linestyle=LINES[line]) for colour, line in places]
 
 
 def draw_comparison(dataset: str, chosen_on: str, rows: list[Row]):
     """Evaluated accuracy and loss of all runs on a data set: the mean over seeds, in a band of ± one deviation."""
-    columns = 3 if len(rows) <= 12 else 4
     band = "; mean over seeds, band ± sample standard deviation" if any(len(row.runs) > 1 for row in rows) else ""
-    figure = new_figure(12, 5 + 0.22 * -(-len(rows) // columns), dataset + band)
+    names = legible([dataset, *(row.legend for row in rows)])
+    figure = new_figure(12, 5, names.pop(0) + band)
     for place, (values, scale, unit) in enumerate((("accuracy", 100, ", %"), ("loss", 1, ""))):
         axes = figure.add_subplot(1, 2, 1 + place)
-        for row, look in zip(rows, looks(rows), strict=True):
+        for row, name, look in zip(rows, names, looks(rows), strict=True):
             steps, mean, spread = curve(row.runs, values)
             mean, spread = ([scale * value for value in column] for column in (mean, spread))
             thin = dict(linewidth=0.8 if not row.run.finished else 1.6 if len(rows) <= 8 else 1.1)
             if steps and not row.run.finished:  # a cross where it stands
                 thin |= dict(marker="x", markevery=[-1])
-            axes.plot(steps, mean, label=row.legend if place == 0 else None, **look, **thin)
+            elif len(steps) <= FEW:
+                thin |= dict(marker="o", markersize=3)
+            axes.plot(steps, mean, label=name if place == 0 else None, **look, **thin)
             if len(row.runs) > 1:
                 low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
                 axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel=f"{chosen_on} {values}{unit}")
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
+    legend_below(figure)
     return figure
 
 
@@ -109,7 +129,7 @@ def main(args: Namespace) -> int:
     notes = [f"{run.id}: the last line is cut off and left out" for run in runs if run.cut_off]
     for note in (*notes, *(f"left out: {each}" for each in left_out)):
         print(f"plot.py: {cli.one_line(note)}", file=sys.stderr)
-    found = results.tables(runs)
+    found = results.tables(runs, MODELS)
     text = "\n".join(results.markdown(*key, rows) for key, rows in found.items())
     print(text)
     path = Path(args.runs)

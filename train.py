@@ -15,9 +15,12 @@ from utils import cli, options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.parse_train_args(MODELS, NORM_TYPES)
+    cli.say("Loading PyTorch ...")
 
 import contextlib
 import os
+import shlex
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -35,7 +38,7 @@ from eval import evaluate
 from utils import checkpoint, data_utils, device, dist_util, frozen, results, scheduler, seeds, weights
 from utils.anomaly import Anomaly, NonFinite
 from utils.augment import Augment, eval_augment, make_mix, train_augment
-from utils.cli import UserError
+from utils.cli import UserError, refuse
 from utils.datasets import Data, ImageSet, data_words, load_data
 from utils.dist_util import Processes
 from utils.log_util import RunLog, gflops, run_description, run_facts
@@ -44,6 +47,7 @@ from utils.optim import Average, make_optimizer, make_scaler
 from utils.run_files import RunFiles, run_id, settings
 
 SAVE_SECONDS = 300  # _last.bin is never older than this,
+BAR = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"  # at most 76 columns and the bar
 SAVE_TIMES = 20  # and is written at evaluations, unless that would take more than a twentieth of the time
 
 
@@ -72,11 +76,10 @@ class Progress:
 class Trainer:
     """A run: model, optimizer and data, its files, and the steps from the first to the last.
 
-    `args` are resolved and `data` is on the device, as `prepare` has them; `keep_head` says whether the head of the
-    weights it starts from is for the same classes.
+    `args` are resolved, `data` is on the device and `source` holds the weights to start from, as `prepare` has them.
     """
 
-    def __init__(self, args: Namespace, processes: Processes, data: Data, keep_head: bool):
+    def __init__(self, args: Namespace, processes: Processes, data: Data, source: weights.WeightFile | None):
         self.args, self.processes, self.data, self.device = args, processes, data, processes.device
         self.precision, self.precision_note = device.usable_precision(options.precision(args), self.device)
         self.config = options.model_config(args) | {"num_classes": len(data.classes)}
@@ -84,11 +87,12 @@ class Trainer:
         self.model = make_model(args, len(data.classes))
         if (args.grad_checkpoint or args.layer_decay != 1) and not hasattr(self.model, "blocks"):
             raise UserError(f"--grad_checkpoint and --layer_decay go by a model's blocks; {args.model_type} has none")
-        self.weights = weights.load_start(self.model, args.pretrained_dir, args.load_model_dir, keep_head)
+        self.weights = load_source(self.model, source, args, data)
         self.model.to(self.device)
         if args.freeze:
             frozen.freeze(self.model, args.model_type)
         self.model, self.notes = dist_util.share_statistics(self.model, processes)
+        self.notes += weights.check_pixels(source, args.mean, args.std) if source else []
         self.statistics = dist_util.statistics_of(self.model)
         self.average = Average(self.model, args.ema_decay) if args.ema_decay else None
         self.gflops = gflops(self.model, args.img_size)
@@ -289,9 +293,10 @@ class Trainer:
             rank=place.rank, world=place.world, device=self.device, num_workers=args.num_workers,
         )  # fmt: skip
         show = place.main and sys.stderr.isatty()
-        bar = tqdm(total=args.num_steps, initial=progress.step, unit="step", dynamic_ncols=True, disable=not show)
+        words = dict(total=args.num_steps, initial=progress.step, dynamic_ncols=True, disable=not show)
+        bar = tqdm(bar_format=BAR, smoothing=0, **words)  # the time that is left is by the whole run's speed
         frozen.train_mode(self.model, args.freeze)
-        mark, mark_step = time.monotonic(), progress.step
+        mark, mark_step, first = time.monotonic(), progress.step, progress.step + 1
         while progress.step < args.num_steps:
             try:
                 loss, norm = self.update(batches)
@@ -300,13 +305,17 @@ class Trainer:
                     self.save_last()
                 raise
             bar.update()
+            if progress.step == first:
+                bar.unpause()  # the first step, which compiles and allocates, is no measure
             at_end = progress.step == args.num_steps
             evaluated = progress.step % args.eval_every == 0 or at_end
             if progress.step % args.log_every == 0 or at_end:
                 self.check_finite()
                 loss, norm = dist_util.mean(loss), norm.item()
                 speed = (progress.step - mark_step) * args.train_batch_size / (time.monotonic() - mark)
-                bar.set_postfix_str(f"loss {loss:.4f}, lr {self.lr:.3g}, {speed:.0f} images/s")
+                epoch, best = progress.step * args.epochs / args.num_steps, 100 * progress.best["accuracy"]
+                best = f"{best:.1f} %" if best >= 0 else "-"
+                bar.set_postfix_str(f"epoch {epoch:.1f}, loss {loss:.3f}, best {best}")
                 scalars = {"loss": loss, "lr": self.lr, "gradient_norm": norm, "images_per_second": speed}
                 self.log.scalars(progress.step, {f"train/{name}": value for name, value in scalars.items()})
             if evaluated:
@@ -319,7 +328,9 @@ class Trainer:
                 self.save_last()
             if signum and not at_end:
                 bar.close()
-                self.log.info(f"Signal {signum} after step {progress.step}; saved, the same command goes on from there")
+                by = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+                saved = f"after step {progress.step}; saved, the same command goes on from there"
+                self.log.info(f"Stopped by {by} {saved}")
                 return 128 + signum
         bar.close()
         self.finish()
@@ -339,6 +350,8 @@ class Trainer:
             dist_util.broadcast_model(model)
             end["test_accuracy"] = self.score(model, self.data.test)["accuracy"]
             self.log.info(f"Test Accuracy: \t{end['test_accuracy']:f} (last step {end['test_accuracy_last']:f})")
+        path = shlex.quote(str(self.files.best))
+        self.log.info(f"Best checkpoint: {path}, of step {progress.best['step']}; python eval.py {path}")
         self.log.info("End Training!", f"last {minutes:.1f} min")
         metrics = dict(best_accuracy=best, last_accuracy=progress.last, minutes=minutes)
         self.log.hparams(progress.step, settings(self.args), metrics)
@@ -358,14 +371,25 @@ def score(
     return evaluate(model, batches, num_classes, processes.device, precision)
 
 
-def validate_only(args: Namespace, processes: Processes, data: Data) -> None:
+def load_source(model: nn.Module, source: weights.WeightFile | None, args: Namespace, data: Data) -> str:
+    """Put the weights that --pretrained_dir or --load_model_dir names into a model; a line for the log."""
+    if source is None:
+        return "from scratch"
+    same_classes = source.own.get("classes", data.classes) == data.classes
+    exact = bool(args.load_model_dir)
+    refuse(exact and not same_classes, f"{source.path} has other classes than {args.dataset}; try --pretrained_dir")
+    return f"{source.path}: {weights.load_weights(model, source, same_classes, exact)}"
+
+
+def validate_only(args: Namespace, processes: Processes, data: Data, source: weights.WeightFile) -> None:
     """Evaluate --load_model_dir on the test set, without writing anything."""
     model = make_model(args, len(data.classes))
-    weights.load_start(model, None, args.load_model_dir, keep_head=True)
+    loaded = [f"Weights: {load_source(model, source, args, data)}", *weights.check_pixels(source, args.mean, args.std)]
     precision, _ = device.usable_precision(options.precision(args), processes.device)
     words = dict(precision=precision, augment=eval_augment(args, processes.device, precision))
     result = score(args, processes, len(data.classes), model.to(processes.device), data.test, **words)
     if processes.main:
+        print(*loaded, sep="\n")
         print(f"Valid Loss: {result['loss']:.5f}")
         print(f"Valid Accuracy: {result['accuracy']:.5f} ({result['correct']}/{result['seen']})")
 
@@ -376,29 +400,31 @@ def check_sizes(args: Namespace) -> None:
         make_model(args)
 
 
-def prepare(args: Namespace) -> tuple[Processes, Data, bool]:
-    """Start the processes, load the data, and fill in the flags that depend on them.
+def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None]:
+    """Start the processes, load data and weights, and fill in the flags that depend on them.
 
     Returns:
-        This process's place; the data on its device; and whether the weights to start from are for the same classes.
+        This process's place; the data on its device; and the weights to start from, None without any.
     """
     processes = dist_util.start(args.device, args.gpu_id)
+    path = args.pretrained_dir or args.load_model_dir
+    source = weights.read_weights(path) if path else None
+    if args.load_model_dir and source.own.get("config"):
+        config = source.own["config"]
+        options.resolve_model(args, config, MODELS.get(config["model_type"], {}))
+    options.resolve_normalization(args, source and source.normalize)
     check_sizes(args)
-    source = checkpoint.read_own(args.pretrained_dir or args.load_model_dir)
-    options.resolve_normalization(args, source.get("args"))
     if args.memory_limit is None:  # whether images are kept or streamed; a continued run keeps what it had
         begun = RunFiles(args.output_dir, args.log_dir, run_id(args)).record("start") or {}
         limit = None if args.validate or args.overwrite else begun.get("memory_limit")
         limit = device.memory_limit(processes.device) if limit is None else limit
         args.memory_limit = min(dist_util.gather(limit))
+    cli.say(f"Loading {args.dataset} from {args.data_dir} ...")
     with dist_util.first_on_each_node(processes):
         data = load_data(args.dataset, args.data_dir, train=not args.validate, **data_words(args))
-    same_classes = source.get("classes", data.classes) == data.classes
-    if args.load_model_dir and not same_classes:
-        raise UserError(f"{args.load_model_dir} has other classes than {args.dataset}; fine-tune with --pretrained_dir")
     if not args.validate:
         data.notes += options.resolve_steps(args, len(data.train))
-    return processes, data.to(processes.device), same_classes
+    return processes, data.to(processes.device), source
 
 
 def main(args: Namespace) -> int:
@@ -408,9 +434,9 @@ def main(args: Namespace) -> int:
             check_sizes(cell)
         results.print_plans(cells)
         return 0
-    processes, data, same_classes = prepare(args)
+    processes, data, source = prepare(args)
     if args.validate:
-        validate_only(args, processes, data)
+        validate_only(args, processes, data, source)
         return 0
     files = RunFiles(args.output_dir, args.log_dir, run_id(args))
     if not args.overwrite:
@@ -419,7 +445,8 @@ def main(args: Namespace) -> int:
             if processes.main:
                 print(f"{files.id} is finished: {results.scores(files)}; --extend with more --epochs goes on with it")
             return 0
-    trainer = Trainer(args, processes, data, keep_head=same_classes)
+    cli.say(f"Building {args.model_type} on {processes.device} ...")
+    trainer = Trainer(args, processes, data, source)
     with contextlib.ExitStack() as until_end:
         dist_util.on_first(processes, lambda: until_end.enter_context(files.lock()))
         if args.overwrite:

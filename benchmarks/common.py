@@ -40,12 +40,12 @@ def set_up(words: list[str], copies: int = 1):
     from utils.datasets import Uniform
 
     args = options.parse_train_args(MODELS, NORM_TYPES, words)
-    processes, data, same_classes = prepare(args)
+    processes, data, source = prepare(args)
     train = data.train
     if copies > 1:
         train.source = Uniform(train.source.images.repeat(copies, 1, 1, 1))
         train.ids, train.labels = torch.arange(copies * len(train.ids)), train.labels.repeat(copies)
-    return Trainer(args, processes, data, keep_head=same_classes)
+    return Trainer(args, processes, data, source)
 
 
 def batches_of(trainer, stop: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

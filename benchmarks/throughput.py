@@ -142,7 +142,7 @@ def main() -> None:
     fed = set_up(words)
     args, device, test = fed.args, fed.device, fed.data.test
     batch_size, parts = args.train_batch_size, args.gradient_accumulation_steps
-    held = Trainer(args, fed.processes, fed.data, keep_head=False)
+    held = Trainer(args, fed.processes, fed.data, source=None)
     fed.model.train(), held.model.train()
     batches = batches_of(fed, stop=10**9)  # as at the beginning of an endless training, where --aug dems is strongest
     batch = list(itertools.islice(batches, parts))

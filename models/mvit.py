@@ -26,8 +26,12 @@ def drop_path(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 
 
 def sincos_1d(length: int, dim: int) -> torch.Tensor:
-    """Positions 0 .. length - 1 as sines, then cosines, at frequencies 10000^(-k / (d/2)); (length, d)."""
-    omega = 10000.0 ** (-torch.arange(dim // 2) / (dim / 2))
+    """Positions 0 .. length - 1 as sines, then cosines; (length, d).
+
+    The frequencies are 10000^(-exp(k / (d/2))), as the published code has them: all below 1e-4, so that neighbours
+    start almost equal.
+    """
+    omega = 10000.0 ** -(torch.arange(dim // 2) / (dim / 2)).exp()
     angles = torch.outer(torch.arange(length).float(), omega)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 

@@ -135,15 +135,16 @@ class ViT(nn.Module):
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
         stem_depths, stem_width: of a `ResNetStem`, (3, 4, 9) and 64 in R50; None for plain patches.
         conv_stem: a `ConvStem` before the patch embedding, which is then a 1x1 convolution; patch_size is a power of 2.
+        init: of weights from scratch, 'published' or 'timm'.
 
-    ValueError: sizes that don't divide, or both kinds of stem.
+    ValueError: sizes that don't divide, both kinds of stem, or an unknown `init`.
     """
 
     def __init__(
         self, *, image_size: int | tuple[int, int], patch_size: int, num_classes: int, dim: int, depth: int,
         heads: int, mlp_dim: int, channels: int = 3, dropout: float = 0.1, attn_drop: float = 0.0,
         drop_path: float = 0.0, stem_depths: tuple[int, int, int] | None = None, stem_width: int = 64,
-        conv_stem: bool = False,
+        conv_stem: bool = False, init: str = "published",
     ):  # fmt: skip
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -158,6 +159,8 @@ class ViT(nn.Module):
             raise ValueError("stem_depths and conv_stem ask for two stems")
         if conv_stem and (patch_size == 1 or patch_size.bit_count() > 1):
             raise ValueError(f"a conv stem needs patches of 2, 4, 8, ... pixels, not {patch_size}")
+        if init not in ("published", "timm"):
+            raise ValueError(f"unknown init {init!r}, one of published timm")
         self.image_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
         stem = ResNetStem(channels, stem_depths, stem_width) if stem_depths else None
@@ -171,7 +174,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, dropout, attn_drop, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
-        self.init_weights()
+        self.init_weights() if init == "published" else self.init_weights_timm()
 
     def init_weights(self) -> None:
         """The published initialisation for training from scratch; what isn't named here keeps torch's default."""
@@ -181,6 +184,14 @@ class ViT(nn.Module):
             for fc in (block.mlp.fc1, block.mlp.fc2):
                 nn.init.xavier_uniform_(fc.weight)
                 nn.init.normal_(fc.bias, std=1e-6)
+
+    def init_weights_timm(self) -> None:
+        """The initialisation of timm's ViT; what isn't named here keeps torch's default."""
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves out."""

@@ -450,6 +450,20 @@ def settings(pipeline: Augment) -> dict:
     return found | dict(fill=pipeline.fill.tolist(), scale=pipeline.scale and tuple(pipeline.scale))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("height, width, size, crop_pct", [(32, 32, 32, 0.875), (40, 57, 28, 0.9), (90, 33, 64, 0.95)])
+def test_evaluation_resizes_then_cuts_as_timm(height, width, size, crop_pct, interpolation):
+    """To a level, to which timm rounds: 32 px are enlarged to 36, of which the central 32 are taken."""
+    create_transform = pytest.importorskip("timm.data").create_transform
+    image = torch.randint(0, 256, (1, 3, height, width), generator=seeded(), dtype=torch.uint8)
+    image = TF.gaussian_blur(image, 5)  # in noise, bicubic overshoots, and Pillow cuts off pass by pass
+    mean, std = NORMALIZE["half"]
+    theirs = create_transform((3, size, size), mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+    ours = Augment(size, mean, std, interpolation=interpolation, crop_pct=crop_pct)
+    found = ours(image, ours.draw(torch.tensor([[height, width]])))
+    assert (found[0] - theirs(TF.to_pil_image(image[0]))).abs().max() < 1.1 / 127.5
+
+
 @pytest.mark.parametrize("name", AUGS)
 def test_flags_of_each_pipeline(name):
     args = parse("--aug", name, "--img_size", "28", "--normalize", "cifar", "--reprob", "0.2", "--crop_pct", "0.9")

@@ -207,7 +207,8 @@ def test_signal_saves_and_leaves_with_its_status(start, whole, tmp_path, capsys,
     os.kill(process.pid, how)
     assert end_of(process) == (128 + how, "")
     step = checkpoint.read_file(tmp_path / "output" / LAST)["step"]
-    assert f"Signal {how} after step {step}; saved" in (tmp_path / "output" / f"{ID}.txt").read_text()
+    by = "Ctrl-C" if how == signal.SIGINT else how.name
+    assert f"Stopped by {by} after step {step}; saved" in (tmp_path / "output" / f"{ID}.txt").read_text()
     assert_goes_on(tmp_path, whole, capsys)
 
 
@@ -219,7 +220,7 @@ def test_signal_to_the_whole_group_leaves_streaming_workers_alone(start, tmp_pat
     wait_for((tmp_path / "output" / LAST).exists, process)
     os.killpg(process.pid, signal.SIGTERM)
     assert end_of(process) == (128 + signal.SIGTERM, "")
-    assert "Signal 15 after step" in (tmp_path / "output" / f"{ID}.txt").read_text()
+    assert "Stopped by SIGTERM after step" in (tmp_path / "output" / f"{ID}.txt").read_text()
 
 
 def test_second_interrupt_leaves_at_once(start, tmp_path):

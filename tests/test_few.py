@@ -91,7 +91,7 @@ def test_a_frozen_epoch_is_20_times_faster(tmp_path):
             words += ["--pretrained_dir", file_of(tmp_path, "full", "_checkpoint.bin")]
         run(*words, "--num_steps", 1) if name == "full" else None
         args = options.parse_train_args(MODELS, NORM_TYPES, [*map(str, words), *more])
-        trainer = train.Trainer(args, *train.prepare(args)[:2], keep_head=True)
+        trainer = train.Trainer(args, *train.prepare(args))
         batches = train.data_utils.train_batches(
             trainer.data.train, trainer.augment, seed=1, stop=100, batch_size=100, device=trainer.device
         )

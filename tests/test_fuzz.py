@@ -144,7 +144,7 @@ def test_no_payload_runs(tmp_path, monkeypatch, wrap):
     no_network(monkeypatch)
     write_cifar10(tmp_path, per_file=3)
     canary = tmp_path / "ran"
-    reads = [read for read, _ in READERS.values()] + [weights.read_weights, checkpoint.read_own]
+    reads = [read for read, _ in READERS.values()] + [weights.read_weights, checkpoint.read_file]
     for payload in payloads(str(canary)):
         for data in forms(wrap(payload)):
             for end in (".npz", ".bin", ".safetensors", ".png", ".jsonl"):

@@ -33,7 +33,7 @@ def start(gpu, monkeypatch, tmp_path, *words):
     with gpu.waiting_allowed():
         data = load_data(args.dataset, args.data_dir, memory_limit=args.memory_limit).to(DEVICE)
         options.resolve_steps(args, len(data.train))
-        trainer = train.Trainer(args, Processes(DEVICE), data, keep_head=False)
+        trainer = train.Trainer(args, Processes(DEVICE), data, source=None)
 
     def backward(loss):
         for parameter in trainer.model.parameters():

@@ -76,13 +76,12 @@ FLAGS = [
     ("--dim 1000000000000", "1000000000000 is above 2147483647"),
     ("--num_workers 100000", "100000 is above 1024"),
     ("--pretrained_dir nowhere.npz", "nowhere.npz: no such file"),
-    ("--pretrained_dir {bad}", "{bad}: no such file"),
+    ("--pretrained_dir {bad}", "{bad}: a folder; name the file in it"),
     ("--dry_run --pretrained_dir nowhere.npz", "nowhere.npz: no such file"),
     ("--load_model_dir nowhere.bin", "nowhere.bin: no such file"),
     ("--load_model_dir {bad}/text --pretrained_dir {bad}/text", "exclude each other"),
     ("-v true", "--load_model_dir"),
     ("-v maybe", "neither true nor false"),
-    ("--fp16 --bf16", "exclude each other"),
     ("--grad_checkpoint --norm_type BN", "BN would count in its statistics"),
     ("--scale 0.9 0.1", "the first is above the second"),
     ("--aug none --scale 0.5 1", "no meaning with --aug none"),
@@ -375,7 +374,8 @@ FILES = [
     ("--pretrained_dir {bad}/flat.npz", "flat.npz: no readable .npz of Google's"),
     ("--pretrained_dir {bad}/object.npz", "object.npz: no readable .npz of Google's (Object arrays cannot"),
     ("--pretrained_dir {bad}/google.npz --depth 3", "has 2 blocks, the model 3"),
-    ("--load_model_dir {bad}/google.npz -v true --img_size 7 --patch_size 1", "google.npz: patch_embed.proj.weight is"),
+    ("--pretrained_dir {bad}/google.npz --img_size 8 --patch_size 1", "google.npz: patch_embed.proj.weight is"),
+    ("--load_model_dir {bad}/google.npz -v true", "pre_logits.weight, pre_logits.bias: no place for it in ViT"),
     ("--device cuda --gpu_id 99", "torch sees no GPU here"),
     ("--val_fraction 0.01 --dataset imagefolder --data_dir {bad}/fine", "holds out no image"),
     ("--dataset imagefolder --data_dir {bad}/nowhere", "nowhere: no such folder"),
@@ -450,7 +450,7 @@ def test_checkpoints(good, tmp_path, kind):
 
 EVAL = [
     ("{bad}/none.bin", "none.bin: no such file"),
-    ("{bad}", "no such file"),
+    ("{bad}", ": a folder; name the file in it"),
     ("{bad}/evil.pth", "evil.pth: refused"),
     ("{good} --images {bad}/none.png", "none.png: not a readable image (No such file"),
     ("{good} --images {bad}/text", "text: not a readable image"),
@@ -490,7 +490,7 @@ def test_files_that_are_no_runs_are_named_and_left_out(good, bad, tmp_path):
     for kind, path in kinds.items():
         shutil.copy(path, tmp_path / path.name.replace("run_", f"{kind}_"))
     done = in_process("plot.py", tmp_path)
-    assert done.returncode == 0 and "| ViT-Ti_16 " in done.stdout
+    assert done.returncode == 0 and "| ViT-Ti_16" in done.stdout
     for kind, line in zip(kinds, done.stderr.splitlines(), strict=True):
         assert line.startswith(f"plot.py: left out: {tmp_path}/{kind}_ViT-Ti_16"), line
 

@@ -36,6 +36,7 @@ def test_every_trained_parameter_is_in_one_group(model_type, norm_type, words):
         assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     exempt = names_by_decay(model).get(0.0, set())
     assert exempt == getattr(model, "no_weight_decay", set)()
+    assert not names_by_decay(model, exempt=False).get(0.0)
     plain = names_by_decay(model, skip_bias_norm=True)[0.0]
     assert all(p.ndim <= 1 or name in exempt for name, p in model.named_parameters() if name in plain)
     assert {name for name, p in model.named_parameters() if p.ndim <= 1 and p.requires_grad} <= plain
@@ -86,7 +87,7 @@ def test_average_warms_up_and_goes_on_as_saved(decay):
 
 def flags(opt: str) -> Namespace:
     rates = dict(learning_rate=0.1, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.5)
-    return Namespace(opt=opt, disable_weight_decay_on_bias_norm=False, **rates)
+    return Namespace(opt=opt, disable_weight_decay_on_bias_norm=False, weight_decay_on_all=False, **rates)
 
 
 @pytest.mark.parametrize("opt, kind", [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("muon", Chain)])

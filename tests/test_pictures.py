@@ -277,7 +277,7 @@ def test_no_tensorboard_folder_is_made(trained, tmp_path, capsys):
         ("--plot errors --images a.png", "--images goes with --plot attention alone; draw errors without --images"),
         ("--plot patches --blocks 0", "--blocks chooses what --plot attention shows, which is missing"),
         (f"--plot attention --images {' a.png' * 9}", "--plot attention has room for 8 images, not 9"),
-        ("--plot heads", "argument --plot: invalid choice: 'heads' (choose from 'attention', 'position', "),
+        ("--plot heads", "argument --plot: invalid choice: 'heads'; choose from attention, position, "),
     ],
 )
 def test_wrong_flags_are_answered_in_one_line(words, text, capsys):

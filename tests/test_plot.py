@@ -19,6 +19,7 @@ import pytest
 from helpers import ROOT, call
 
 import plot
+from models import MODELS
 from utils import results
 from utils.cli import UserError
 from utils.run_files import RunFiles
@@ -50,13 +51,13 @@ def size_of(path: Path) -> tuple[int, int]:
 
 def test_table_of_rescalevit_logs(tmp_path):
     out = call("plot.py", LOGS, "--out", tmp_path).stdout
-    head = ["model", "LN", "BN", "GN", "Rescale", "resolution", "acc(%), best on test", "time(min)"]
+    head = ["model", "LN", "BN", "GN", "Rescale", "resolution", "parameters", "acc(%), best on test", "time(min)"]
     assert cells(out) == [
         head,
-        ["ViT-B_32", "+", "", "", "", "224x224", "67.56", "68.5"],
-        ["ViT-B_32*", "+", "", "", "", "224x224", "98.48", "67.7"],
+        ["ViT-B_32", "+", "", "", "", "224x224", "87.5M", "67.56", "68.5"],
+        ["ViT-B_32*", "+", "", "", "", "224x224", "87.5M", "98.48", "67.7"],
         head,
-        ["ViT-L_16", "", "+", "", "", "224x224", "step 8300 of 20000 (seed 42)", ""],
+        ["ViT-L_16", "", "+", "", "", "224x224", "303M", "26.87 so far, step 8300 of 20000 (seed 42)", ""],
     ]
     assert "### cifar10\n" in out and "### cifar100\n" in out
     assert (tmp_path / "results.md").read_text() in out
@@ -64,6 +65,7 @@ def test_table_of_rescalevit_logs(tmp_path):
     assert (first["best"], first["last"], first["n"], first["minutes"]) == ("0.6756", "0.6747", "1", "68.5")
     assert (second["best"], second["last"], second["pretrained"]) == ("0.9848", "0.9844", "True")
     assert (third["state"], third["n"], third["best"], third["step"]) == ("incomplete", "0", "", "8300")
+    assert (third["best_so_far"], third["parameters"]) == ("0.2687", "303400000")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "results.md", "results.csv", "comparison_cifar10.png", "comparison_cifar100.png",
@@ -136,11 +138,11 @@ def test_mean_and_spread_over_seeds(tmp_path):
     write_run(tmp_path, [0.3, 0.2, 0.3, 0.25], 1, norm="GN", chosen_on="val", dataset="emnist", emnist_split="letters")
     out = call("plot.py", tmp_path).stdout
     assert cells(out)[1:4] == [
-        ["ViT-Ti_16", "+", "", "", "", "28x28", "60.00 ± 10.00 (n=3)", "4.5"],
-        ["ViT-Ti_16", "+", "", "", "", "28x28", "step 2 of 4 (seed 4)", ""],
-        ["ViT-Ti_16", "", "", "", "+", "28x28", "30.00", "4.5"],
+        ["ViT-Ti_16", "+", "", "", "", "28x28", "", "60.00 ± 10.00 (n=3)", "4.5"],
+        ["ViT-Ti_16", "+", "", "", "", "28x28", "", "99.00 so far, step 2 of 4 (seed 4)", ""],
+        ["ViT-Ti_16", "", "", "", "+", "28x28", "", "30.00", "4.5"],
     ]
-    assert "### emnist letters\n" in out and "acc(%), test, best on val" in out
+    assert "### emnist letters, best on val\n" in out and "acc(%), test, best on val" in out
     assert cells(out)[-1][-2] == "11.00"  # the test accuracy of the checkpoint chosen on held-out images
     row = table(tmp_path)[0]
     assert float(row["best"]) == pytest.approx(0.6) and float(row["best_sd"]) == pytest.approx(0.1)
@@ -160,7 +162,29 @@ def test_other_settings_are_no_seeds(tmp_path):
     write_run(tmp_path, [0.6] * 4, 2, learning_rate=0.2)
     write_run(tmp_path, [0.7] * 4, 2, data_dir="elsewhere", name="other")
     labels = [row[0] for row in cells(call("plot.py", tmp_path).stdout)[1:]]
-    assert labels == ["ViT-Ti_16 (other)", "ViT-Ti_16 (run, learning_rate 0.1)", "ViT-Ti_16 (run, learning_rate 0.2)"]
+    assert labels == [
+        f"ViT-Ti_16 ({name}, learning_rate {rate})" for name, rate in (("other", 0.1), ("run", 0.1), ("run", 0.2))
+    ]
+
+
+def test_rows_are_comparable_or_visibly_not(tmp_path):
+    """What tells two rows apart, all rows of the table show; and sizes that are not the type's."""
+    write_run(tmp_path, [0.5], steps=1000, patch_size=4, dim=48, heads=3)  # ViT-Ti_16 has 3 heads
+    write_run(tmp_path, [0.6], steps=60, norm="BN")
+    write_run(tmp_path, [0.7], steps=60, norm="BN", name="other")
+    write_run(tmp_path, [0.8], chosen_on="val", norm="GN", ended=False)
+    write_run(tmp_path, [0.9], dataset="cifar100", norm="Rescale")
+    out = call("plot.py", tmp_path).stdout
+    rows = [row for row in cells(out) if row[0] != "model"]
+    assert [row[0] for row in rows] == [
+        "ViT-Ti_16, patch 4, dim 48 (run, 1000 steps)", "ViT-Ti_16 (other, 60 steps)", "ViT-Ti_16 (run, 60 steps)",
+        "ViT-Ti_16", "ViT-Ti_16",
+    ]  # fmt: skip
+    assert rows[3][-2] == "val 80.00 so far, step 1 of 4 (seed 42)"
+    heads = [line for line in out.splitlines() if line.startswith("### ")]
+    assert heads == ["### cifar10", "### cifar10, best on val", "### cifar100"]
+    legends = [row.legend for row in results.tables(results.read_runs(tmp_path)[0], MODELS)["cifar10", "test"]]
+    assert legends[0] == "ViT-Ti_16, patch 4, dim 48 (run, 1000 steps) LN" and len(set(legends)) == 3
 
 
 def test_models_and_norms_of_others_are_rows_and_columns(tmp_path):
@@ -186,7 +210,7 @@ def test_one_file_alone_and_a_cut_last_line(tmp_path):
     path.write_text(text[: text.index('"event": "end"') + 5])
     done = call("plot.py", path, "--out", tmp_path / "new" / "folder")
     assert done.stderr == f"plot.py: {path.stem}: the last line is cut off and left out\n"
-    assert [row[-2] for row in cells(done.stdout)[1:]] == ["step 4 of 4 (seed 42)"]
+    assert [row[-2] for row in cells(done.stdout)[1:]] == ["40.00 so far, step 4 of 4 (seed 42)"]
     assert len(list((tmp_path / "new" / "folder").iterdir())) == 4
 
 

@@ -178,7 +178,7 @@ def test_locked_run_refuses_all_processes(tmp_path):
     assert not other and first.processes[0].is_alive()
     first.processes[0].terminate()
     (said,) = first.end(143)
-    assert "Signal 15" in said
+    assert "Stopped by SIGTERM" in said
 
 
 def stuck() -> None:

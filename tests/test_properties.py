@@ -136,9 +136,11 @@ def test_schedules(run, data):
             assert (after - lr) * (low - base) >= -close
         assert abs(after - lr) <= slope + close
     per_epoch = data.draw(st.floats(1, 2 * n))
-    begin = int((step - 1) / per_epoch) * per_epoch
     by_epoch = learning_rate(step, **run, steps_per_epoch=per_epoch)
-    assert by_epoch == learning_rate(begin, **run) and min(rates) - close <= by_epoch <= max(rates) + close
+    begin = int((step - 1) / per_epoch) * per_epoch
+    assert min(rates) - close <= by_epoch <= max(rates) + close
+    if begin >= warmup + 0.01 * per_epoch:
+        assert by_epoch == learning_rate(begin, **run)
 
 
 # --- augmentation ---
@@ -315,30 +317,19 @@ def test_weights_survive_a_file(config, prefix, nested, seed):
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
 
 
-@given(st.integers(1, 9), st.integers(0, 2), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2), seeds)
-def test_position_embeddings_of_any_grid(side, front, rows, columns, prefix, seed):
-    n = side * side
-    taken = next(p for p in (1, 0, 2) if math.isqrt(n + front - p) ** 2 == n + front - p > 0)
-    assume(taken == front)  # 5 rows are 4 patches and a class token, or 3 x 1 and 2 tokens; the usual one is taken
-    pos = torch.randn(1, front + n, 4, generator=seeded(seed))
-    out = resize_pos_embed(pos, (rows, columns), prefix)
-    assert out.shape == (1, prefix + rows * columns, 4) and out.isfinite().all()
-    kept = min(front, prefix)
-    assert torch.equal(out[:, :kept], pos[:, :kept]) and not out[:, kept:prefix].any()
-    if (rows, columns) == (side, side):
-        assert torch.allclose(out[:, prefix:], pos[:, front:], atol=1e-5)
-    assert out[:, prefix:].max() <= pos[:, front:].max() + 1e-5  # bilinear: nothing beyond what there was
-    flat = resize_pos_embed(torch.ones_like(pos), (rows, columns), prefix)
-    assert (flat[:, prefix:] - 1).abs().max() < 1e-6
+grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-@given(st.integers(0, 200))
-def test_position_embeddings_of_no_grid(rows):
-    if any(math.isqrt(rows - p) ** 2 == rows - p for p in (0, 1, 2) if rows > p):
-        resize_pos_embed(torch.zeros(1, rows, 2), (2, 2))
-    else:
-        with pytest.raises(ValueError):
-            resize_pos_embed(torch.zeros(1, rows, 2), (2, 2))
+@given(grids, grids, st.integers(0, 2), seeds)
+def test_position_embeddings_of_any_grid(old, new, front, seed):
+    pos = torch.randn(1, front + old[0] * old[1], 4, generator=seeded(seed))
+    out = resize_pos_embed(pos, old, new)
+    assert out.shape == (1, front + new[0] * new[1], 4) and out.isfinite().all()
+    assert torch.equal(out[:, :front], pos[:, :front])
+    if old == new:
+        assert torch.allclose(out, pos, atol=1e-5)
+    assert out[:, front:].max() <= pos[:, front:].max() + 1e-5  # bilinear: nothing beyond what there was
+    assert (resize_pos_embed(torch.ones_like(pos), old, new) - 1).abs().max() < 1e-6
 
 
 # --- names ---

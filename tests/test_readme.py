@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 from models import MODELS, NORM_TYPES
-from utils import options
+from utils import foreign, options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
@@ -59,7 +59,7 @@ def test_commands_are_understood(path, tmp_path, monkeypatch):
 def test_flags_exist():
     parsers = options.train_parser(MODELS, NORM_TYPES), options.eval_parser(), options.plot_parser()
     known = {flag for parser in parsers for flag in parser._option_string_actions}
-    of_others = {"--nproc_per_node", "--logdir", "--run", "--width"}
+    of_others = {"--nproc_per_node", "--logdir", "--run", "--width", *foreign.ALIASES}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_\d]+", README)) - known - of_others == set()
 
 

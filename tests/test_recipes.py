@@ -1,9 +1,17 @@
 """Every recipe says what its source published, and runs."""
 
+import copy
+import math
+import shlex
+from functools import partial
+
+import numpy as np
 import pytest
+import torch
 from helpers import ROOT, SIZES, accept_any_cifar, places, write_cifar10, write_cifar100, write_google_npz
 
 import train
+from benchmarks.common import batches_of, set_up
 from models import MODELS, NORM_TYPES, create_model
 from utils import options
 from utils.run_files import RunFiles, run_id
@@ -64,7 +72,14 @@ DEMS = MIXED | dict(
     decay_by="epoch",
 )
 DEMS_FINE = DEMS | dict(
-    aug="none", scale=None, interpolation="bilinear", drop_path=0.2, epochs=100, warmup_epochs=0, learning_rate=1e-3
+    aug="none",
+    scale=None,
+    interpolation="bilinear",
+    drop_path=0.2,
+    epochs=100,
+    warmup_epochs=0,
+    learning_rate=1e-3,
+    attn_drop=0,
 )
 STUDY = MIXED | dict(
     aug="strong",
@@ -73,7 +88,10 @@ STUDY = MIXED | dict(
     min_lr=1e-5,
     crop_pct=0.875,
     decay_by="step",
-    disable_weight_decay_on_bias_norm=False,
+    decay_type="timm",
+    attn_drop=0,  # the study's flag for it is swallowed
+    disable_weight_decay_on_bias_norm=True,
+    weight_decay_on_all=False,
 )
 VIT = STUDY | dict(
     model_type="ViT-Ti_16",
@@ -86,8 +104,9 @@ VIT = STUDY | dict(
     learning_rate=1e-3,
     warmup_lr=1e-6,
     dropout=0,
+    init="timm",
 )
-LONG = STUDY | dict(scale=[0.2, 1], reprob=0.25, train_batch_size=1024, epochs=800, learning_rate=2e-3, attn_drop=0.05)
+LONG = STUDY | dict(scale=[0.2, 1], reprob=0.25, train_batch_size=1024, epochs=800, learning_rate=2e-3)
 FINE = LONG | dict(
     aug="weak",
     scale=[1, 1],
@@ -95,7 +114,8 @@ FINE = LONG | dict(
     epochs=100,
     learning_rate=4e-3,
     drop_path=0.2,
-    disable_weight_decay_on_bias_norm=True,
+    disable_weight_decay_on_bias_norm=False,  # there, a flag of that name has the opposite effect
+    weight_decay_on_all=True,
 )
 MVIT = dict(model_type="MViT-Ti", img_sizes=[16, 32], warmup_epochs=0)
 KERAS = dict(dataset="cifar100", model_type="ViT-B_16", aug="keras", scale=[0.8, 1])
@@ -203,3 +223,117 @@ def test_two_steps(recipe, trained):
 
 def test_sizes_of_the_multiscale_models():
     assert create_model("MViT-Ti", image_size=32, num_classes=10).image_sizes == [(16, 16), (32, 32)]
+
+
+# --- the same losses as loops written from the papers' and projects' facts alone ---
+
+
+def cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def jeonsworld_rate(step: int, total: int, warmup: int, base: float) -> float:
+    """Its scheduler steps before its optimizer, so the first update has number 1."""
+    return base * (step / warmup if step < warmup else cosine((step - warmup) / (total - warmup)))
+
+
+def timm_rate(step: int, total: int, warmup: int, base: float) -> float:
+    done = step - 1
+    return 1e-6 + (base - 1e-6) * done / warmup if done < warmup else 1e-5 + (base - 1e-5) * cosine(done / total)
+
+
+def dems_rate(step: int, total: int, warmup: int, base: float) -> float:
+    """By epochs, of which the warm-up has `warmup` and the run `total`, 5 steps each."""
+    epoch = (step - 1) // 5
+    rise = np.linspace(1e-6, base, warmup)
+    return rise[epoch] if epoch < warmup else 1e-6 + (base - 1e-6) * cosine((epoch - warmup) / (total - warmup))
+
+
+EXEMPT = ("cls_token", "pos_embed", "temporal_pos_embed", "attn_pool.latent")
+ALL, BUT_VECTORS = dict(exempt=(), vectors=True), dict(exempt=(), vectors=False)  # what decays
+STUDY = dict(exempt=EXEMPT, vectors=False)
+PLAIN = "--dropout 0 --drop_path 0 --attn_drop 0 --train_batch_size 8"
+STRONG = "--lr 5e-3 --weight_decay 1"  # so that 50 steps tell what decays, and when
+REFERENCES = {  # flags, weight decay and what it is on, rate(step), clipping
+    "vit_b32_cifar10_224": (
+        "--weight_decay 0.1 --warmup_steps 20", 0.1, ALL, partial(jeonsworld_rate, total=50, warmup=20, base=0.03), 1.0
+    ),
+    "vit_ti_cifar10_32": (
+        f"{STRONG} --warmup_epochs 1", 1, STUDY, partial(timm_rate, total=50, warmup=15, base=5e-3), None
+    ),
+    "mvit_ti_multiscale": (STRONG, 1, STUDY, partial(timm_rate, total=50, warmup=0, base=5e-3), None),
+    "mvit_ti_multiscale_finetune": (STRONG, 1, ALL, partial(timm_rate, total=50, warmup=0, base=5e-3), None),
+    "dems_ti_multiscale": (
+        f"{STRONG} --warmup_epochs 3", 1, BUT_VECTORS, partial(timm_rate, total=50, warmup=15, base=5e-3), None
+    ),
+    "dems_ti_cifar10": (f"{STRONG} --warmup_epochs 3", 1, ALL, partial(dems_rate, total=10, warmup=3, base=5e-3), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", REFERENCES)
+def test_losses_of_fifty_steps(recipe, tmp_path, monkeypatch):
+    accept_any_cifar(monkeypatch)
+    write_cifar10(tmp_path, per_file=8)
+    flags, decay, decayed, rate, clip = REFERENCES[recipe]
+    lines = (ROOT / "recipes" / f"{recipe}.args").read_text().splitlines()
+    words = shlex.split("\n".join(line for line in lines if "pretrained_dir" not in line), comments=True)
+    words = [word for word in words if word not in ("--bf16", "--fp16")]
+    words += [*PLAIN.split(), *flags.split(), *(str(w) for name, value in SIZES.items() for w in (f"--{name}", value))]
+    words += ["--data_dir", str(tmp_path), "--img_size", "32", "--patch_size", "4", *places(tmp_path)]
+    if "dems" in recipe:
+        words += ["--patch_size", "2", "--merge_layer", "1", "2", "--merge_num", "16", "8"]
+    images = 120 if "--ra" in words else 40
+    words += ["--num_steps", "50"] if "vit_b32" in recipe else ["--epochs", repr(50 * 8 / images)]
+    trainer = set_up(words)
+    assert trainer.args.num_steps == 50 and trainer.precision == "fp32"
+
+    model = copy.deepcopy(trainer.model)
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = name in decayed["exempt"] or (parameter.ndim < 2 and not decayed["vectors"])
+            groups[not plain].append(parameter)
+    groups = [dict(params=params, weight_decay=decay * on) for on, params in groups.items() if params]
+    sgd = trainer.args.opt == "sgd"
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9) if sgd else torch.optim.AdamW(groups, lr=1.0)
+    batches = list(batches_of(trainer))
+    ours, theirs = [], []
+    given = iter([(images.clone(), labels.clone()) for images, labels in batches])
+    for step, (images, labels) in enumerate(batches, 1):
+        ours.append(trainer.update(given)[0].item())
+        probabilities = labels if labels.is_floating_point() else torch.eye(10)[labels]
+        smoothing = trainer.args.smoothing
+        probabilities = probabilities * (1 - smoothing) + smoothing / 10
+        loss = -(probabilities * model(images).log_softmax(dim=1)).sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.step()
+        theirs.append(loss.item())
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+    assert abs(theirs[0] - theirs[-1]) > 1e-3  # something was learned, or the comparison says little
+
+
+def test_timms_initialisation():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10).state_dict()
+    torch.manual_seed(0)
+    model = create_model("ViT-Ti_16", num_classes=10, init="timm")
+    for name, tensor in model.state_dict().items():
+        if theirs[name].unique().numel() == 1:  # zeros and ones
+            assert torch.equal(tensor, theirs[name]), name
+            continue
+        mean, std = tensor.mean().item(), tensor.std().item()
+        error = theirs[name].std().item() / tensor.numel() ** 0.5
+        assert abs(mean - theirs[name].mean().item()) < 6 * error, name
+        assert std == pytest.approx(theirs[name].std().item(), rel=6 / tensor.numel() ** 0.5), name
+
+
+def test_scales_of_mvit_start_almost_equal():
+    model = create_model("MViT-Ti", image_size=32, num_classes=10)
+    scales = model.temporal_pos_embed[0, :, 0].detach()
+    assert (scales[1] - scales[0]).norm().item() == pytest.approx(2.3e-4, rel=0.02)

@@ -35,12 +35,30 @@ def test_no_warmup_and_unknown_decay():
         learning_rate(500, decay_type="step", **RUN)
 
 
-def test_epoch_wise_rates_are_those_of_the_epochs_beginning():
-    run = dict(base_lr=1.0, num_steps=100, warmup_steps=20, warmup_lr=0.1)
+def test_epoch_wise_rates_as_dems_has_them():
+    """linspace over the epochs of the warm-up, then a cosine over the others, one rate an epoch."""
+    run = dict(base_lr=1.0, num_steps=100, warmup_steps=30, warmup_lr=0.1, min_lr=0.2)
     rates = [learning_rate(step, steps_per_epoch=10, **run) for step in range(1, 101)]
     assert all(len(set(rates[i : i + 10])) == 1 for i in range(0, 100, 10))
-    assert rates[0] == pytest.approx(0.1) and rates[10] == pytest.approx(0.55) and rates[20] == pytest.approx(1.0)
-    assert rates[30] == learning_rate(30, **run)
+    assert rates[:30:10] == pytest.approx([0.1, 0.55, 1.0])
+    assert rates[30::10] == pytest.approx([0.2 + 0.4 * (1 + math.cos(math.pi * i / 7)) for i in range(7)])
+    for warmup, expected in ((5, 1.0), (10, 1.0), (12, 0.1)):  # an epoch or less has no rate to rise from
+        assert learning_rate(1, steps_per_epoch=10, **run | dict(warmup_steps=warmup)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup_epochs, warmup_lr", [(0, 0.0), (3, 1e-6)])
+def test_the_cosine_of_timm(warmup_epochs, warmup_lr):
+    scheduler = pytest.importorskip("timm.scheduler")
+    epochs, per_epoch = 20, 7
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.002)
+    theirs = scheduler.CosineLRScheduler(
+        optimizer, epochs, lr_min=1e-5, warmup_t=warmup_epochs, warmup_lr_init=warmup_lr
+    )
+    run = dict(base_lr=0.002, num_steps=epochs * per_epoch, warmup_steps=warmup_epochs * per_epoch, min_lr=1e-5)
+    for step in range(epochs * per_epoch):
+        theirs.step(step / per_epoch)  # as vitookit does before every update
+        ours = learning_rate(step + 1, decay_type="timm", warmup_lr=warmup_lr, **run)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("decay_by", ["step", "epoch"])

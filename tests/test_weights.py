@@ -9,9 +9,9 @@ import torch
 from helpers import SIZES, Evil, write_google_npz
 
 from models import create_model
-from utils.checkpoint import kept_weights, read_file, read_last, read_own, save
+from utils.checkpoint import kept_weights, read_file, read_last, save
 from utils.cli import UserError
-from utils.weights import load_start, load_weights, read_weights, resize_pos_embed
+from utils.weights import load_weights, read_weights, resize_pos_embed
 
 TINY = dict(patch_size=4, **SIZES)
 
@@ -82,23 +82,36 @@ def test_timm_weights_give_timm_logits(tmp_path):
     assert (model(x) - other(x)).abs().max() < 1e-5
 
 
-def test_distilled_and_classless_position_embeddings(tmp_path):
+def test_rows_of_a_position_embedding(tmp_path):
+    """Whether the class token has a row is known from the kind of file, not guessed from its number of rows."""
     state = tiny().state_dict()
-    distilled = {**state, "pos_embed": torch.randn(1, 18, 32), "dist_token": torch.randn(1, 1, 32)}
-    torch.save(distilled, tmp_path / "deit.pth")
+    scaled = state | {f"blocks.{i}.ls{j}.gamma": torch.ones(32) for i in range(2) for j in (1, 2)}
+    model = tiny(image_size=24)
+    for rows, base, expected in [
+        (9, state, "its 9 rows are no square grid and a class token"),  # 2 x 4 and one, or 3 x 3
+        (16, state, "its 16 rows are no square grid and a class token"),
+        (18, scaled, "its 18 rows are no square grid and a class token"),
+    ]:
+        torch.save(base | {"pos_embed": torch.randn(1, rows, 32)}, tmp_path / "w.pth")
+        assert expected in message(load_weights, model, tmp_path / "w.pth")
+    pos = torch.randn(1, 16, 32)
+    torch.save(scaled | {"pos_embed": pos}, tmp_path / "deit3.pth")
     model = tiny()
-    assert load_weights(model, tmp_path / "deit.pth").ignored == ["dist_token"]
-    assert torch.equal(model.pos_embed[0, 0], distilled["pos_embed"][0, 0])
-    assert torch.allclose(model.pos_embed[0, 1:], distilled["pos_embed"][0, 2:], atol=1e-6)
-    torch.save({**state, "pos_embed": torch.randn(1, 16, 32)}, tmp_path / "bare.pth")
-    load_weights(model, tmp_path / "bare.pth")
-    assert not model.pos_embed[0, 0].any()
+    load_weights(model, tmp_path / "deit3.pth")
+    assert not model.pos_embed[0, 0].any() and torch.equal(model.pos_embed[:, 1:], pos)
+    own = dict(
+        model=tiny(image_size=(8, 16)).state_dict(), args={}, classes=[], config=dict(image_size=(8, 16), patch_size=4)
+    )
+    torch.save(own, tmp_path / "run_checkpoint.bin")
+    load_weights(model, tmp_path / "run_checkpoint.bin")
+    rows = own["model"]["pos_embed"][0, 1:].view(2, 4, 32)
+    assert torch.allclose(model.pos_embed[0, 1:].view(4, 4, 32)[::3], rows, atol=1e-6)
 
 
 def test_resizing_is_bilinear_with_aligned_corners():
     side, rows, columns = 4, 7, 10
     pos = torch.randn(1, 1 + side * side, 3, dtype=torch.float64)
-    out = resize_pos_embed(pos, (rows, columns))
+    out = resize_pos_embed(pos, (side, side), (rows, columns))
     assert torch.equal(out[:, 0], pos[:, 0])
     grid = pos[0, 1:].view(side, side, 3).numpy()
     y, x = np.linspace(0, side - 1, rows), np.linspace(0, side - 1, columns)
@@ -108,8 +121,6 @@ def test_resizing_is_bilinear_with_aligned_corners():
     bottom = grid[y0 + 1][:, x0] * (1 - wx) + grid[y0 + 1][:, x0 + 1] * wx
     expected = top * (1 - wy) + bottom * wy
     assert np.abs(out[0, 1:].view(rows, columns, 3).numpy() - expected).max() < 1e-5
-    with pytest.raises(ValueError, match="8 rows"):
-        resize_pos_embed(torch.zeros(1, 8, 3), (2, 2))
 
 
 def test_non_square_model_loads_a_square_file(npz):
@@ -119,23 +130,27 @@ def test_non_square_model_loads_a_square_file(npz):
 
 
 def test_checkpoints_of_this_project(tmp_path):
-    """Other files hold no flags; an average is what counts; a continued run needs all of its weights."""
+    """Other files hold no flags; an average is what counts; an exact load needs all of a model's weights."""
     state, path = tiny().state_dict(), tmp_path / "run.bin"
     average = {f"module.{name}": value + 1 for name, value in state.items()} | {"n_averaged": torch.tensor(3)}
-    run = dict(model=state, average=average, args={"mean": [0.0]}, classes=["a"])
+    run = dict(model=state, average=average, args={"mean": [0.0], "std": [1.0]}, classes=["a"])
     torch.save(run, path)
-    assert read_own(path)["args"] == run["args"] and read_own(None) == {}
+    file = read_weights(path)
+    assert file.own["args"] == run["args"] and file.normalize == ([0.0], [1.0]) and file.origin == "this project"
     assert kept_weights(run).keys() == state.keys() and kept_weights(run | {"average": None}) is state
     model = tiny()
-    assert not load_weights(model, path).ignored
+    assert not load_weights(model, path, exact=True).ignored
     assert all(torch.equal(model.state_dict()[name], value + 1) for name, value in state.items())
-    for other in (state, {"model": state}, [1]):
+    for other in (state, {"model": state}):
         torch.save(other, path)
-        assert read_own(path) == {}
+        assert read_weights(path).own == {}
     torch.save({name: value for name, value in state.items() if not name.startswith("head.")}, path)
-    assert load_start(model, None, None, keep_head=True) == "from scratch"
-    assert f"{path}: 30 tensors loaded; re-initialised: head.weight, head" in load_start(model, str(path), None, True)
-    assert "lacks head.weight, head.bias at this size; --pretrained_dir" in message(load_start, model, None, path, True)
+    assert str(load_weights(model, path)) == "30 tensors loaded; re-initialised: head.weight, head.bias"
+    with pytest.raises(UserError, match="lacks head.weight, head.bias"):
+        load_weights(model, path, exact=True)
+    torch.save(tiny(num_classes=4).state_dict(), path)
+    with pytest.raises(UserError, match="its head is of 4 classes, the data has 10"):
+        load_weights(model, path, exact=True)
 
 
 # ---------------------------------------------------------------- refusals
@@ -148,23 +163,22 @@ def test_files_of_other_sizes(npz):
 
 
 def test_attention_in_parts_must_be_whole(tmp_path):
-    parts = {f"blocks.0.attn.{part}.weight": torch.ones(32, 32) for part in ("query", "key", "value")}
-    for changes, expected in [
-        (
-            {"blocks.0.attn.value.weight": torch.ones(32, 16)},
-            "w.pth: query, key and value of an attention don't belong",
-        ),
-        ({"blocks.0.attn.key.weight": None}, "don't belong together (lacks 'blocks.0.attn.key.weight')"),
-    ]:
-        torch.save(
-            {name: tensor for name, tensor in (parts | changes).items() if tensor is not None}, tmp_path / "w.pth"
-        )
-        assert expected in message(read_weights, tmp_path / "w.pth")
+    state = tiny().state_dict()
+    parts = dict(zip(("q", "k", "v"), state.pop("blocks.0.attn.qkv.weight").chunk(3), strict=True))
+    state |= {f"blocks.0.attn.{part}.weight": value.clone() for part, value in parts.items()}
+    torch.save(state, tmp_path / "w.pth")
+    assert len(load_weights(tiny(), tmp_path / "w.pth").loaded) == 32
+    torch.save(state | {"blocks.0.attn.v.weight": torch.ones(32, 16)}, tmp_path / "w.pth")
+    assert "query, key and value of an attention don't belong together" in message(read_weights, tmp_path / "w.pth")
+    del state["blocks.0.attn.k.weight"]
+    torch.save(state, tmp_path / "w.pth")
+    expected = "blocks.0.attn.q.weight, blocks.0.attn.v.weight: no place for it in ViT"
+    assert expected in message(load_weights, tiny(), tmp_path / "w.pth")
 
 
 def test_unreadable_npz(tmp_path, npz):
     model = tiny()
-    assert "none.npz: no readable .npz of Google's (No such file" in message(load_weights, model, tmp_path / "none.npz")
+    assert "none.npz: no such file" in message(load_weights, model, tmp_path / "none.npz")
     whole = npz.read_bytes()
     for name, content in {
         "truncated": whole[:2000],
@@ -202,7 +216,7 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, wrap):
         path.write_bytes(wrap({"model": Evil(tmp_path / "ran")}))
     else:
         torch.save({"model": Evil(tmp_path / "ran")}, path)
-    for read in (read_file, read_own, read_weights):
+    for read in (read_file, read_weights):
         text = message(read, path)
         assert "evil.bin" in text and ("refused" in text or "not a checkpoint" in text)
     assert not (tmp_path / "ran").exists()

@@ -4,13 +4,18 @@ A run writes `RUN_checkpoint.bin`, the best weights and all that eval.py needs, 
 needs. They are torch's zip archives of tensors and plain values, whose checksums are compared at reading.
 """
 
+import argparse
 import contextlib
+import datetime
 import os
+import pathlib
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from utils.cli import UserError, refuse, refusing
@@ -19,32 +24,59 @@ from utils.cli import UserError, refuse, refusing
 warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
 
+# Plain values that other programs keep beside their weights; rebuilt by these, whatever class the file names.
+PASSIVE = [
+    argparse.Namespace, dict, list, tuple, set, int, float, str, bool, complex,
+    (lambda factory=None: {}, "collections.defaultdict"),
+    datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone,
+    np.dtype, np.ndarray, *{type(np.dtype(code)) for code in np.typecodes["All"]},
+    *((getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
+      for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *((pathlib.PurePosixPath, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
+      for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+]  # fmt: skip
+
+
+def check_kind(path: Path) -> None:
+    """UserError at what cannot be a file of weights, with what it is."""
+    refuse(path.is_dir(), f"{path}: a folder; name the file in it, as model.safetensors")
+    refuse(not path.is_file(), f"{path}: no such file")
+    with refusing(f"{path}: cannot be read", "check who may read it", OSError), open(path, "rb") as file:
+        start = file.read(512).lstrip()
+    lfs = start.startswith(b"version https://git-lfs")
+    refuse(lfs, f"{path}: a pointer of Git LFS, not the file itself; get that with git lfs pull")
+    page = start[:20].lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+    refuse(page, f"{path}: a web page, not the file itself; download it again by its direct link")
+    index = start.startswith(b"{") and path.suffix == ".json"
+    refuse(index, f"{path}: JSON; weights in several files are not read, load and save them as one first")
+
+
 def read_file(path: str | os.PathLike):
-    """Read a torch file (`.bin`, `.pth`) as data; plain containers and tensors only.
+    """Read a torch file (`.bin`, `.pth`) as data: tensors, plain containers and values.
 
     UserError if it is missing, damaged, or holds anything that would have to be executed.
     """
     path = Path(path)
-    refuse(not path.is_file(), f"{path}: no such file")
+    check_kind(path)
     with refusing(f"{path}: not a checkpoint, or damaged", "get it again"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+                save = f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
+                refuse(script, f"{path}: a TorchScript archive; save its weights: {save}")
                 if damaged := archive.testzip():  # torch itself takes a wrong weight for right
                     raise UserError(f"{path}: damaged, the checksum of {damaged} is wrong; copy or train it again")
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(PASSIVE):
+                return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            unsafe = "refused, it holds more than tensors and plain values and could run code"
-            reason = unsafe if "GLOBAL" in str(error) else "not a checkpoint, or damaged; get it again"
-            raise UserError(f"{path}: {reason}") from None
-
-
-def read_own(path: str | os.PathLike | None) -> dict:
-    """What a checkpoint of train.py holds; {} for a file of another kind, or none. UserError as `read_file`."""
-    if not path or Path(path).suffix in (".npz", ".safetensors"):
-        return {}
-    state = read_file(path)
-    return state if isinstance(state, dict) and {"model", "args", "classes"} <= state.keys() else {}
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            refuse(not found, f"{path}: not a checkpoint, or damaged; get it again")
+            save = f"m = torch.load({path.name!r}, weights_only=False); torch.save(m.state_dict(), 'weights.pth')"
+            raise UserError(
+                f"{path}: refused, it holds a {found[1]} and could run code; if you trust it, save its weights alone, "
+                f"where that class is installed: {save} (m['model'] for m.state_dict() if m is a dict)"
+            ) from None
 
 
 def kept_weights(state: dict) -> dict[str, torch.Tensor]:

@@ -5,10 +5,13 @@ import contextlib
 import difflib
 import math
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from utils import foreign
 
 MAX_COUNT = 2**31 - 1  # of steps, images and all else that is counted
 MAX_REAL = 1e30  # of any other number
@@ -49,6 +52,34 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def plain(name: str) -> str:
+    """A name without what people spell in various ways: case, hyphens, underscores."""
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name that `word` is most probably a misspelling of, if there is one."""
+    word, by_plain = plain(word), {plain(name): name for name in names}
+    found = difflib.get_close_matches(word, by_plain, n=1, cutoff=0.75)
+    found += [name for name in by_plain if sorted(name) == sorted(word)]  # letters swapped in a short word
+    found += [name for name in by_plain if len(word) > 3 and name.startswith(word)]
+    return by_plain[found[0]] if found else None
+
+
+def choice(names: Iterable[str], also: dict[str, str] | None = None) -> Callable[[str], str]:
+    """A type for argparse: one of `names`, in any case and with any hyphens, or a key of `also` that stands for one."""
+
+    def parse(text: str) -> str:
+        known = {plain(name): name for name in names} | {plain(word): name for word, name in (also or {}).items()}
+        if plain(text) in known:
+            return known[plain(text)]
+        near = nearest(text, names)
+        hint = f"did you mean {near}?" if near else f"choose from {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r}; {hint}")
+
+    return parse
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """Ends the help of a flag with its default, unless the text says that itself in brackets, or it is off."""
 
@@ -62,7 +93,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, which suggests the nearest flag and reads `@recipe` files with comments."""
+    """argparse whose errors are one line, which suggests the nearest flag, reads `@recipe` files with comments, and
+    understands words of other projects.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=Help, fromfile_prefix_chars="@", **kwargs)
@@ -70,11 +103,6 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         words = shlex.split(line.removeprefix("\ufeff"), comments=True)  # as Windows' editors begin a file
         return [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words]
-
-    def add_aliases(self, aliases: dict[str, str]) -> None:
-        """Names that flags have in other projects; they work, and --help leaves them out."""
-        for alias, name in aliases.items():
-            self._option_string_actions[alias] = self._option_string_actions[name]
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -91,15 +119,24 @@ class Parser(argparse.ArgumentParser):
                 near = ", ".join(sorted(map(str, path.parent.glob("*.args"))))
                 self.error(f"recipe {path}: no such file" + (f"; there are {near}" if near else ""))
         try:
-            args, unknown = self.parse_known_args(argv)
+            words = self._read_args_from_files(argv)
         except (ValueError, RecursionError) as error:  # no text, an unclosed quote, or a recipe that includes itself
             self.error(f"recipe {' '.join(map(str, recipes))}: holds no flags as on the command line ({error})")
+        known = self._option_string_actions
+        words, said, _, by_recipe = foreign.translate(self.prog, words, known)
+        line = foreign.translate(self.prog, argv, known)[2]
+        groups = [(flag, raw[0].partition("=")[0]) for flag, _, raw in foreign.split(words)]
+        unknown = [typed for flag, typed in groups if flag.startswith("--") and flag not in known]
         if unknown:
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            where = "".join(f" in {path}" for path in recipes if flag not in argv and flag in path.read_text())
-            hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
-            self.error(f"unknown argument {unknown[0]!r}{where}{hint}")
+            self.error(self._unknown(unknown, said, argv, recipes))
+        for action in self._actions:
+            if action.choices and not action.type:
+                action.type = choice(action.choices)
+        args, others = self.parse_known_args(words) if words or not said else (None, [])
+        if others:
+            self.error(self._unknown(others[:1], said, argv, recipes))
+        if said:
+            self.error(f"{', '.join(said)}; type: {line}")
         for name, value in vars(args).items():  # the shell leaves ~ alone in --flag=~/folder
             if isinstance(value, str):
                 setattr(args, name, os.path.expanduser(value))
@@ -109,7 +146,21 @@ class Parser(argparse.ArgumentParser):
             check(args)
         except UserError as error:
             self.error(str(error))
+        if by_recipe and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: only the model is named; its authors' training: {line}", file=sys.stderr)
         return args
+
+    def _unknown(self, words: list[str], said: list[str], argv: list[str], recipes: list[Path]) -> str:
+        """One message for all words that are no flags, each with the nearest flag where one is near."""
+        visible = {flag for flag, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS}
+        names = {name: name for name in visible} | {k: v for k, v in foreign.ALIASES.items() if v in visible}
+        parts = []
+        for word in dict.fromkeys(words):
+            where = "".join(f" in {path}" for path in recipes if word not in argv and word in path.read_text())
+            near = nearest(word, names)
+            parts.append(f"{word!r}{where}" + (f" (did you mean {names[near]}?)" if near else ""))
+        hint = "" if any("did you mean" in part for part in parts) else f"; see {self.prog} --help"
+        return f"unknown argument{'s' * (len(parts) > 1)} {', '.join([*parts, *said])}{hint}"
 
 
 class Replaces(argparse.Action):
@@ -118,6 +169,16 @@ class Replaces(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values)
         setattr(namespace, self.const, None)
+
+
+class Precision(argparse.Action):
+    """--fp16, --bf16 or --no_amp: the last one given counts."""
+
+    def __init__(self, default=False, **kwargs):
+        super().__init__(nargs=0, default=default, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.fp16, namespace.bf16 = self.dest == "fp16", self.dest == "bf16"
 
 
 def bounded(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False):
@@ -165,6 +226,12 @@ def world_size() -> int:
     return int(world)
 
 
+def say(text: str) -> None:
+    """Tell somebody at a terminal what takes a while; a file that stderr goes to is spared that."""
+    if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
 def run_main(main: Callable, args, explain: Callable = lambda error: None, at_end: Callable = lambda: None) -> None:
     """Call `main(args)` and leave with the status it returns; a UserError becomes one line and status 2.
 
@@ -176,7 +243,7 @@ def run_main(main: Callable, args, explain: Callable = lambda error: None, at_en
     try:
         status = main(args)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("Stopped by Ctrl-C", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,24 +9,24 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, skip_bias_norm: bool = False, layer_decay: float = 1.0
-) -> list[dict]:
+    model: nn.Module, weight_decay: float, *, exempt: bool = True, skip_bias_norm: bool = False,
+    layer_decay: float = 1.0,
+) -> list[dict]:  # fmt: skip
     """Trained parameters in groups of equal weight decay and learning rate, for torch's optimizers.
 
     Args:
-        weight_decay: of all but what the model's `no_weight_decay()`, if it has one, names.
+        weight_decay: of all but, with `exempt`, what the model's `no_weight_decay()`, if it has one, names.
         skip_bias_norm: none on biases, norms and other vectors either.
         layer_decay: each of the model's `blocks` has this times the rate of the one above it; the head has the full
-            rate,
-            the embeddings the lowest (arXiv 2003.10555, BEiT's fine-tuning): `lr_scale` in each group.
+            rate, the embeddings the lowest (arXiv 2003.10555, BEiT's fine-tuning): `lr_scale` in each group.
     """
-    exempt = getattr(model, "no_weight_decay", set)()
+    exempted = getattr(model, "no_weight_decay", set)() if exempt else set()
     depth = len(getattr(model, "blocks", ()))
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = name in exempt or (skip_bias_norm and parameter.ndim <= 1)
+        plain = name in exempted or (skip_bias_norm and parameter.ndim <= 1)
         block = re.match(r"blocks\.(\d+)\.", name)
         embeds = name.startswith(("patch_embed", "cls_token", "pos_embed", "temporal_pos_embed"))
         layer = int(block[1]) + 1 if block else 0 if embeds else depth + 1
@@ -67,8 +67,10 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
     Muon takes the matrices of the blocks, with updates scaled to AdamW's usual size, so that learning rates and weight
     decay mean the same for both; embeddings, head, biases and norms are AdamW's.
     """
-    skip = args.disable_weight_decay_on_bias_norm
-    groups = parameter_groups(model, args.weight_decay, skip_bias_norm=skip, layer_decay=args.layer_decay)
+    groups = parameter_groups(
+        model, args.weight_decay, exempt=args.opt != "sgd" and not args.weight_decay_on_all,
+        skip_bias_norm=args.disable_weight_decay_on_bias_norm, layer_decay=args.layer_decay,
+    )  # fmt: skip
     fused = device.type in ("cuda", "cpu")
     if args.opt == "sgd":
         optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, fused=fused)

@@ -6,22 +6,19 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils import cli
-from utils.cli import Parser, Replaces, refuse, world_size
+from utils import cli, foreign
+from utils.cli import Parser, Precision, Replaces, UserError, refuse, world_size
 from utils.image_folder import choose_dataset
 from utils.presets import AUGS, DATASETS, MAX_IMAGES, NORMALIZE, PICTURES
-from utils.run_files import MAX_RUN_ID, run_id
+from utils.run_files import MAX_RUN_ID, RunFiles, run_id
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # for this process
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 
-# Names that flags of train.py have in jeonsworld/ViT-pytorch, RescaleViT, DEMS and vitookit.
-ALIASES = {
-    "--model": "--model_type", "--batch_size": "--train_batch_size", "--lr": "--learning_rate",
-    "--label_smoothing": "--smoothing", "--data_path": "--data_dir", "--data_location": "--data_dir",
-    "--local-rank": "--local_rank",
-}  # fmt: skip
 HIDDEN = argparse.SUPPRESS
+DATA_DIR = "data"
+MODEL = dict(model_type="ViT-B_16", norm_type="LN", img_size=224)  # defaults, where no checkpoint says it
+SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()
 
 
 # One line a flag; `Parser` ends each text with the default, unless that is given in brackets.
@@ -42,7 +39,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     """The parser of train.py; `model_types` and `norm_types` are choices."""
     p = Parser(
         prog="train.py",
-        usage="train.py --name NAME [FLAGS]\n       train.py @recipes/NAME.args [FLAGS]",
+        usage="train.py [FLAGS]\n       train.py @recipes/NAME.args [FLAGS]",
         description="Train, fine-tune or validate one Vision Transformer on one data set.\n\n"
         "  python train.py @recipes/demo.args                       flags from a file, more may follow\n"
         "  python train.py --name c10 --dataset cifar10 --model_type ViT-B_32 --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz\n"
@@ -50,26 +47,26 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
         epilog="Results: output/RUN.txt, .jsonl, _checkpoint.bin (best) and _last.bin (to continue); logs/RUN for TensorBoard.\nThe same command again continues an unfinished run and leaves a finished one alone.",
     )
     g = p.add_argument_group("run")
-    g.add_argument("--name", required=True, help="begins the run id {name}_{model_type}_norm_{norm_type}_fp_{True|False}_img_{size}_pretrain_{T|F}[_seed_N]")
+    g.add_argument("--name", default=None, help="begins the run id {name}_{model_type}_norm_{norm_type}_fp_{True|False}_img_{size}_pretrain_{T|F}[_seed_N] [the data set's]")
     g.add_argument("--output_dir", default="output", help="for logs and checkpoints")
     g.add_argument("--log_dir", default="logs", help="for TensorBoard")
     g.add_argument("--overwrite", action="store_true", help="delete this run's files and start anew")
     g.add_argument("--extend", action="store_true", help="go on with a finished run, its optimizer included, up to more --epochs or --num_steps than it had; the learning rate goes on as in a run of that length")
     g.add_argument("--dry_run", action="store_true", help="check the flags and say what they would do: steps, whether the run is new, unfinished or finished, and how long it would take by finished runs of equal cost")
     g.add_argument("--cells", default=HIDDEN, metavar="FILE", help="with --dry_run: do that for every line of flags in FILE, each in front of the other flags")
-    g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=cli.boolean, metavar="true", help="only evaluate --load_model_dir on the test set; writes nothing")
+    g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=cli.boolean, metavar="true", help="only evaluate --load_model_dir, or this run's best checkpoint, on the test set; writes nothing")
     g.add_argument("--seed", type=cli.count, default=42, help="every random choice is a function of (seed, step)")
     g.add_argument("--local_rank", type=int, default=-1, help=HIDDEN)  # of old launchers
     _add_device_flags(g)
 
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=DATASETS, default=None, help="fashionmnist-mini is in the repository [imagefolder where --data_dir holds images, else cifar10]")
-    g.add_argument("--data_dir", default="data", help="where data sets are looked for and downloaded to; for imagefolder the folder that holds a folder a class, or train/ and val/ or test/ with these")
+    g.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, help="fashionmnist-mini is in the repository [imagefolder where --data_dir holds images, else cifar10]")
+    g.add_argument("--data_dir", default=DATA_DIR, help="where data sets are looked for and downloaded to; for imagefolder the folder that holds a folder a class, or train/ and val/ or test/ with these")
     g.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder without class folders: columns file,label and perhaps split (train, val, test)")
     g.add_argument("--test_fraction", type=cli.bounded(float, 0, 0.9, open_low=True), default=None, help="part of each class of an image folder without test images that is held out for testing [0.2 where there is no val/ either]")
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
     g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
-    g.add_argument("--img_size", type=cli.positive_int, default=224, help="side in pixels that images are resized to")
+    g.add_argument("--img_size", type=cli.positive_int, default=None, help="side in pixels that images are resized to [224, or that of --load_model_dir]")
     g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the checkpoint that is loaded, else half: to -1..1]")
     g.add_argument("--mean", type=cli.real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
     g.add_argument("--std", type=cli.positive, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
@@ -77,6 +74,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
 
     g = p.add_argument_group("augmentation")
     g.add_argument("--aug", choices=AUGS, default="crop", help="none; flip; pad: 4 pixels, crop back, flip; crop: random resized crop; mild: crop of most of the area, flip; weak: crop of the whole area at another ratio, flip; strong: crop, flip, RandAugment; dems: crop, flip, colour jitter, grayscale, solarise, rarer towards the end; keras: crop, flip, rotation by up to 7.2 degrees")
+    g.add_argument("--aa", dest="aug", type=cli.choice(AUGS, foreign.AUGS), default=HIDDEN, help=HIDDEN)  # timm's names
     g.add_argument("--scale", type=cli.bounded(float, 0, 1, open_low=True), nargs=2, default=None, metavar=("LO", "HI"), help="area of the random resized crop, of the image [0.05 1 for crop, 0.6 1 for mild, 1 1 for weak, 0.8 1 for strong and keras, 0.2 1 for dems]")
     g.add_argument("--interpolation", choices=["bilinear", "bicubic"], default=None, help="[bicubic for mild, weak, strong and dems, else bilinear]")
     g.add_argument("--aug_prob", type=cli.fraction, default=None, help="of dems' jitter, grayscale and solarise, each, in the first epoch; falls to 0 as half a cosine [0.6 for dems]")
@@ -89,11 +87,12 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--crop_pct", type=cli.bounded(float, 0, 1, open_low=True), default=1.0, help="evaluation resizes the short side to img_size / crop_pct and cuts the centre; 1 takes the whole image, stretched to a square")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model_type", choices=model_types, default="ViT-B_16", metavar="TYPE", help=f"one of {' '.join(model_types)}")
-    g.add_argument("--norm_type", choices=norm_types, default="LN")
+    g.add_argument("--model_type", choices=model_types, default=None, metavar="TYPE", help=f"one of {' '.join(model_types)} [ViT-B_16; with --load_model_dir model, norm and sizes are the checkpoint's]")
+    g.add_argument("--norm_type", choices=norm_types, default=None, help="[LN]")
     for name, text in (("patch_size", "pixels"), ("dim", "width"), ("depth", "blocks"), ("heads", "attention heads"), ("mlp_dim", "hidden width of the MLPs")):
         g.add_argument(f"--{name}", type=cli.positive_int, default=None, help=f"{text}, instead of the model type's")
     g.add_argument("--stem", choices=["none", "conv"], default=None, help="ViT with norm LN, and DEMS: conv puts 3x3 convolutions of stride 2 before the patch embedding; --patch_size is a power of 2 [none]")
+    g.add_argument("--init", choices=["published", "timm"], default=None, help="ViT with norm LN: weights from scratch as in the reference, or as timm's: truncated normal, zero biases [published]")
     g.add_argument("--merge_num", type=cli.positive_int, nargs="+", default=None, help="DEMS: tokens that a region keeps at each merge [64 64 for Ti, 64 32 for S]")
     g.add_argument("--merge_layer", type=cli.positive_int, nargs="+", default=None, help="DEMS: the blocks, counted from 1, that the merges come before [6 10]")
     g.add_argument("--img_sizes", type=cli.positive_int, nargs="+", default=None, help="MViT: sides in pixels of the scales, the last is --img_size [half of it, and itself]")
@@ -116,9 +115,10 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--warmup_lr", type=cli.non_negative, default=0.0, help="learning rate that the warm-up rises from")
     g.add_argument("--warmup_steps", action=Replaces, const="warmup_epochs", type=cli.count, default=None, help="steps of linear warm-up [500, or a tenth of a run of 500 steps or fewer]")
     g.add_argument("--warmup_epochs", action=Replaces, const="warmup_steps", type=cli.non_negative, default=None, help="the same in epochs, instead of --warmup_steps")
-    g.add_argument("--decay_type", choices=["cosine", "linear"], default="cosine", help="after the warm-up")
-    g.add_argument("--decay_by", choices=["step", "epoch"], default="step", help="the learning rate changes at every step, or once an epoch")
-    g.add_argument("--weight_decay", type=cli.non_negative, default=0.0, help="on all parameters but those that a model exempts, as its position embeddings")
+    g.add_argument("--decay_type", choices=["cosine", "linear", "timm"], default="cosine", help="after the warm-up; timm: the cosine of timm's scheduler, which counts from the start of the run")
+    g.add_argument("--decay_by", choices=["step", "epoch"], default="step", help="the learning rate changes at every step, or once an epoch, as DEMS has it: full in the last epoch of the warm-up")
+    g.add_argument("--weight_decay", type=cli.non_negative, default=0.0, help="on all parameters but those that a model exempts, as its position embeddings; with sgd on all, as in jeonsworld's")
+    g.add_argument("--weight_decay_on_all", action="store_true", help="weight decay on what a model exempts, too")
     g.add_argument("--disable_weight_decay_on_bias_norm", action="store_true", help="no weight decay on biases and norms either")
     g.add_argument("--layer_decay", type=cli.bounded(float, 0, 1, open_low=True), default=1.0, help="learning rate of each block, as a factor of that of the block above")
     g.add_argument("--ema_decay", type=cli.below_one, default=0.0, help="average the weights exponentially with this decay, after a warm-up; average and raw weights are both evaluated, and the better ones count and are kept; 0 turns it off")
@@ -128,8 +128,9 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--smoothing", type=cli.rate, default=0.0, help="label smoothing")
 
     g = p.add_argument_group("precision and speed")
-    g.add_argument("--fp16", action="store_true", help="mixed precision: float16 with a gradient scaler on CUDA; elsewhere bfloat16, which a line says")
-    g.add_argument("--bf16", action="store_true", help="mixed precision: bfloat16, no scaler needed")
+    g.add_argument("--fp16", action=Precision, help="mixed precision: float16 with a gradient scaler on CUDA; elsewhere bfloat16, which a line says")
+    g.add_argument("--bf16", action=Precision, help="mixed precision: bfloat16, no scaler needed; of --fp16 and --bf16 the last one given counts")
+    g.add_argument("--no_amp", action=Precision, default=HIDDEN, help=HIDDEN)  # neither
     g.add_argument("--fp16_opt_level", choices=["O0", "O1", "O2", "O3"], default="O2", help=HIDDEN)  # Apex's: O0 is float32
     g.add_argument("--loss_scale", type=cli.non_negative, default=0.0, help=HIDDEN)  # of float16: 0 adapts it, another value stays fixed
     g.add_argument("--detect_anomaly", action="store_true", help="when loss or gradient is not finite, say which module made it so; slow, and without --compile; a run that stopped can go on with it")
@@ -139,8 +140,8 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g = p.add_argument_group("logging")
     g.add_argument("--eval_every", type=cli.positive_int, default=100, help="steps between evaluations; the last step is always evaluated")
     g.add_argument("--save_every", type=cli.count, default=0, help="steps between saves of _last.bin besides those at evaluations and every 5 minutes; 0 for none")
+    g.add_argument("--ckpt_freq", type=cli.positive_int, default=None, help=HIDDEN)  # --save_every in epochs
     g.add_argument("--log_every", type=cli.positive_int, default=10, help="steps between training scalars in TensorBoard")
-    p.add_aliases(ALIASES)
     return p
 
 
@@ -155,11 +156,13 @@ def eval_parser() -> Parser:
     p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set; of a folder all images in it, into predictions.csv; with --plot attention, look at these")
     p.add_argument("--split", choices=["train", "val", "test"], default="test", help="which images of the data set are scored")
     p.add_argument("--plot", nargs="+", choices=PICTURES, default=None, metavar="KIND", help="draw pictures instead of scoring, as PNG and in the run's TensorBoard folder where that exists: attention (heads, the class token over images, rollout, distance), position (similarity of embeddings), patches (filters), errors (most confident mistakes)")
+    p.add_argument("--export", default=None, metavar="FILE", help="write the model for other programs, with FILE's .json beside it: .safetensors (timm's names), .pt2 (torch.export) or .onnx (needs onnx and onnxscript)")
     p.add_argument("--blocks", type=cli.count, nargs="+", default=None, metavar="N", help="of --plot attention, counted from 0 [four, spread evenly]")
+    p.add_argument("--heads", type=cli.count, nargs="+", default=None, metavar="N", help="the same of its heads [the first 12]")
     p.add_argument("--top", type=cli.positive_int, default=5, help="classes shown per image")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--output_dir", default=None, help="for predictions.csv, the confusion matrix and pictures [the checkpoint's folder]")
-    p.add_argument("--dataset", choices=DATASETS, default=None, help="whose test images are scored [that of the checkpoint]")
+    p.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, help="whose test images are scored [that of the checkpoint]")
     p.add_argument("--data_dir", default=None, help="where it is looked for [that of the checkpoint]")
     p.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder, as for train.py [that of the checkpoint]")
     p.add_argument("--emnist_split", choices=EMNIST_SPLITS, default=None, help="[that of the checkpoint]")
@@ -207,10 +210,7 @@ def parse_train_args(
 
 def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
     args = parser.parse_args(words, check)
-    args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
     args.fp16 = args.fp16 and args.fp16_opt_level != "O0"
-    data_dir = args.data_dir if args.data_dir != parser.get_default("data_dir") else None
-    args.dataset = choose_dataset(args.dataset, data_dir, args.labels) or "cifar10"
     if (args.learning_rate, args.blr) == (None, None):
         args.learning_rate = 0.03 if args.opt == "sgd" else 0.001
     if args.blr is not None:
@@ -227,7 +227,15 @@ def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict one another, with the value and the way out."""
+    """Refuse flags that contradict one another, with the value and the way out; fill in the data set, the run's name,
+    the model that is meant, and what -v evaluates.
+    """
+    own_dir = args.data_dir if args.data_dir != DATA_DIR else None
+    args.dataset = choose_dataset(args.dataset, own_dir, args.labels) or "cifar10"
+    args.name = args.dataset if args.name is None else args.name
+    args.asked = {name: value for name in (*MODEL, *SIZES) if (value := getattr(args, name)) is not None}
+    vars(args).update(MODEL | args.asked)
+    args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
     name, batch, scale = args.name, args.train_batch_size, args.scale
     usable = name and not name.startswith(".") and name.isprintable() and not set(name) & {*"/\\"}
     refuse(not usable, f"--name {name!r} must be usable as a file name: no slash, no leading dot")
@@ -251,15 +259,23 @@ def check(args: argparse.Namespace) -> None:
         refuse(not meant, f"--{flag} has no meaning with --aug {args.aug}; --aug {others} would take it")
     twice = args.grad_checkpoint and args.norm_type in ("BN", "Rescale")
     refuse(twice, f"--grad_checkpoint computes blocks twice, which {args.norm_type} would count in its statistics")
-    refuse(args.fp16 and args.bf16, "--fp16 and --bf16 exclude each other")
     headless = args.freeze and not (args.pretrained_dir or args.load_model_dir)
     refuse(headless, "--freeze trains the head alone, of weights that --pretrained_dir FILE gives; it is missing")
+    refuse(args.extend and args.overwrite, "--extend goes on with a run, --overwrite deletes it; leave one out")
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
-    refuse(args.extend and args.overwrite, "--extend goes on with a run, --overwrite deletes it; leave one out")
-    refuse(args.validate and not args.load_model_dir, "-v evaluates --load_model_dir FILE, which is missing")
+    if args.validate and not both and not args.load_model_dir:
+        ids = dict.fromkeys((run_id(args), run_id(argparse.Namespace(**vars(args) | {"pretrained_dir": "any"}))))
+        paths = [RunFiles(args.output_dir, args.log_dir, each).best for each in ids]
+        args.load_model_dir = next((str(path) for path in paths if path.is_file()), None)
+        refuse(
+            not args.load_model_dir,
+            f"-v evaluates --load_model_dir FILE, or {' or '.join(map(str, paths))}: no such file",
+        )
+        args.pretrained_dir = None
     weights = args.pretrained_dir or args.load_model_dir
-    way_out = "put downloaded weights there, or leave the flag out to start from scratch"
+    refuse(weights and os.path.isdir(weights), f"{weights}: a folder; name the file in it, as model.safetensors")
+    way_out = "checkpoint/README.md says where weights are got; leave the flag out to start from scratch"
     refuse(weights and not os.path.isfile(weights), f"{weights}: no such file; {way_out}")
     for flag in () if args.validate else ("output_dir", "log_dir"):
         place = Path(getattr(args, flag))
@@ -272,8 +288,9 @@ def check(args: argparse.Namespace) -> None:
 def check_eval(args: argparse.Namespace) -> None:
     """The same for eval.py."""
     plots, images = args.plot or [], args.images or []
-    missing = args.blocks is not None and "attention" not in plots
-    refuse(missing, "--blocks chooses what --plot attention shows, which is missing")
+    for flag in ("blocks", "heads"):
+        missing = getattr(args, flag) is not None and "attention" not in plots
+        refuse(missing, f"--{flag} chooses what --plot attention shows, which is missing")
     args.dataset = choose_dataset(args.dataset, args.data_dir, args.labels)
     data = images and (args.dataset or args.data_dir)
     refuse(data, "--images classifies single files; leave out --dataset and --data_dir")
@@ -285,12 +302,28 @@ def check_eval(args: argparse.Namespace) -> None:
     refuse(many, f"--plot attention has room for {MAX_IMAGES} images, not {len(images)}")
 
 
-def resolve_normalization(args: argparse.Namespace, checkpoint_args: dict | None) -> None:
-    """Without a flag, pixels are normalised as in the checkpoint that the run starts from, or to -1..1."""
-    if args.mean is None and checkpoint_args:
-        args.mean, args.std = checkpoint_args["mean"], checkpoint_args["std"]
-    elif args.mean is None:
-        args.mean, args.std = map(list, NORMALIZE["half"])
+def resolve_model(args: argparse.Namespace, config: dict, row: dict) -> None:
+    """Take model and sizes of the checkpoint that --load_model_dir names, but for an --img_size that is given.
+
+    `config` is what made its model, `row` that of its type in MODELS. UserError where a flag asks for another model.
+    """
+    words = {"img_size": "image_size", "img_sizes": "image_sizes"}
+    for name in (*MODEL, *SIZES):
+        word = words.get(name, name)
+        its, whole, asked = config.get(word), (row | config).get(word), args.asked.get(name)
+        if name == "stem":
+            its = whole = "conv" if config.get("conv_stem") else None
+            asked = None if asked == "none" and not its else asked
+        if asked is None:
+            setattr(args, name, its)
+        elif name != "img_size" and asked != (list(whole) if isinstance(whole, tuple) else whole):
+            raise UserError(f"{args.load_model_dir} has {name} {whole}, not {asked}; leave --{name} out")
+
+
+def resolve_normalization(args: argparse.Namespace, pixels: tuple[list[float], list[float]] | None) -> None:
+    """Without a flag, pixels are normalised as for the weights that the run starts from, or to -1..1."""
+    if args.mean is None:
+        args.mean, args.std = map(list, pixels or NORMALIZE["half"])
 
 
 def resolve_steps(args: argparse.Namespace, images: int) -> list[str]:
@@ -299,6 +332,8 @@ def resolve_steps(args: argparse.Namespace, images: int) -> list[str]:
     if args.num_steps is None:
         args.num_steps = max(1, round(args.epochs * per_epoch))
     args.epochs = args.num_steps / per_epoch
+    if args.ckpt_freq:
+        args.save_every = max(1, round(args.ckpt_freq * per_epoch))
     if args.warmup_epochs is not None:
         args.warmup_steps = round(args.warmup_epochs * per_epoch)
     elif args.warmup_steps is None:
@@ -321,7 +356,7 @@ def model_config(args: argparse.Namespace) -> dict:
 
     What the flags leave to the model is not among them, so a model need not know the words of another.
     """
-    names = "patch_size dim depth heads mlp_dim merge_num merge_layer dropout".split()
+    names = "patch_size dim depth heads mlp_dim merge_num merge_layer dropout init".split()
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     overrides |= {name: getattr(args, name) for name in ("attn_drop", "drop_path") if getattr(args, name)}
     if args.img_sizes:
@@ -337,6 +372,8 @@ def describe(args: argparse.Namespace, parser: Parser, titles: Iterable[str]) ->
     for group in parser._action_groups:
         values = {}
         for flag in group._group_actions if group.title in titles else ():
+            if not hasattr(args, flag.dest):  # --no_amp, which is another's value
+                continue
             value, first = getattr(args, flag.dest), flag is group._group_actions[0]
             if value not in off and (first or value != flag.default) or value in off and flag.default not in off:
                 parts = value if isinstance(value, list) else [value]

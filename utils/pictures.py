@@ -41,16 +41,20 @@ def draw_confusion(run, result: dict, folder: Path) -> Path:
     """Draw the confusion matrix of what `eval.evaluate` returned."""
     title = f"{run.name}\n{run.args.dataset}: {100 * result['accuracy']:.2f} % of {result['seen']}"
     plot, values = vis_utils.plot_confusion, (result["confusion"], run.classes)
-    return _save(run, folder, "confusion", plot, *values, title=title)
+    path = _save(run, folder, "confusion", plot, *values, title=title)
+    _to_tensorboard(run, {"confusion": str(path)})
+    return path
 
 
 def draw_all(
-    run, kinds: list[str], folder: Path, files: list[str] | None = None, blocks: list[int] | None = None
-) -> dict[str, str]:
+    run, kinds: list[str], folder: Path, files: list[str] | None = None, blocks: list[int] | None = None,
+    heads: list[int] | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Draw what --plot asks for, into a folder and the run's TensorBoard folder, where that exists; the PNGs by kinds.
 
-    Attention is that of `files`, or of the first test image of each class, in `blocks`, counted from 0, or in four.
-    UserError: a block that the model doesn't have, a model without attention, or a file that can't be written.
+    Attention is that of `files`, or of the first test image of each class, in `blocks`, counted from 0, or in four, and
+    of `heads`, or the first ones. UserError: a block or head that the model doesn't have, a model without attention, or
+    a file that can't be written.
     """
     paths = {}
 
@@ -62,7 +66,7 @@ def draw_all(
         scales, depth = layout_of(run.model)[0], len(run.model.blocks)
         blocks = blocks or sorted({i * depth // 4 for i in range(4)})
         refuse(max(blocks) >= depth, f"--blocks {max(blocks)}: the model has blocks 0 to {depth - 1}")
-        _draw_attention(add, run, scales, blocks, *_shown_images(run, files))
+        _draw_attention(add, run, scales, blocks, heads, *_shown_images(run, files))
     if "position" in kinds:
         tables = [(scale.name, similarity(scale.positions), scale.grid) for scale in layout_of(run.model)[0]]
         add("position", "similarity of position embeddings", vis_utils.plot_similarity, tables)
@@ -197,7 +201,7 @@ def look(model: nn.Module, images: torch.Tensor, blocks: list[int]) -> Namespace
     for image in images.split(1):
         maps = model.attention_maps(image)[0].float()
         if not last:
-            heads = maps[blocks, :MAX_HEADS].cpu()
+            heads = maps[blocks].cpu()
             even = attention_distance((maps > 0).any(dim=0).any(dim=0).float(), places, points).item()
         last.append(maps[-1, :, class_token].mean(dim=0).cpu())
         rolled.append(rollout(maps)[:, class_token].cpu())
@@ -218,21 +222,27 @@ def _by_scale(label: str, received: torch.Tensor, scales: list[Scale]) -> list[t
 
 
 def _draw_attention(
-    add: Callable, run, scales: list[Scale], blocks: list[int], images: torch.Tensor, names: list[str]
-) -> None:
+    add: Callable, run, scales: list[Scale], blocks: list[int], chosen: list[int] | None, images: torch.Tensor,
+    names: list[str],
+) -> None:  # fmt: skip
     """Heads as matrices, the class token's attention and rollout over the images, and attention distance by depth."""
     seen = look(run.model, images, blocks)
     probability, label = run.probabilities(images).max(dim=1)
     pixels = denormalize(images, run.args.mean, run.args.std)
+    names, classes = (vis_utils.legible(texts) for texts in (names, run.classes))
     names = [vis_utils.shorten(name) for name in names]
     columns = [
-        f"{name}\n→ {vis_utils.shorten(run.classes[i])} {100 * p:.0f} %"
+        f"{name}\n→ {vis_utils.shorten(classes[i])} {100 * p:.0f} %"
         for name, i, p in zip(names, label.tolist(), probability.tolist(), strict=True)
     ]
     heads, depth = len(seen.distances[0]), len(seen.distances)
-    shown = f", the first {MAX_HEADS} of {heads} heads" if heads > MAX_HEADS else ""
+    shown = f", the first {MAX_HEADS} of {heads} heads" if heads > MAX_HEADS and not chosen else ""
+    chosen = chosen or list(range(min(heads, MAX_HEADS)))
+    refuse(max(chosen) >= heads, f"--heads {max(chosen)}: the model has heads 0 to {heads - 1}")
     parts = [(scale.name, scale.first, scale.end) for scale in scales]
-    add("attention_heads", f"attention in {names[0]}{shown}", vis_utils.plot_heads, seen.heads, blocks, parts)
+    merged = [i for i in blocks if i >= min(getattr(run.model, "merges", [depth]))]
+    values = (seen.heads[:, chosen], blocks, chosen, parts, pixels[0], merged)
+    add("attention_heads", f"attention in {names[0]}{shown}", vis_utils.plot_heads, *values)
     rows = _by_scale("last block,\nmean of heads", seen.last, scales) + _by_scale("rollout", seen.rolled[:, -1], scales)
     title = "where the class token looks: in the last block, and through all blocks (rollout)"
     add("attention_class", title, vis_utils.plot_overlays, pixels, columns, rows)
@@ -278,29 +288,35 @@ def shown_filters(name: str, kernels: torch.Tensor, gray: bool) -> tuple[str, to
 def most_confident_mistakes(run, batches: Iterable, limit: int = 25) -> dict:
     """Score images (b, 3, h, w) with labels (b) on the device, and keep the wrong answers of highest probability.
 
-    Returns images (n, 3, h, w), true, predicted (n) and probability (n), falling, with n at most `limit`; wrong and
-    seen, numbers of images.
+    Returns images (n, 3, h, w), true, predicted (n), probability (n), falling, and index (n) among all, with n at most
+    `limit`; wrong and seen, numbers of images.
     """
     kept, wrong, seen = None, 0, 0
     for images, labels in batches:
         probability, predicted = run.probabilities(images).max(dim=1)
         miss = predicted != labels
+        index = seen + torch.arange(len(labels), device=labels.device)
         wrong, seen = wrong + int(miss.sum()), seen + len(labels)
-        found = [images[miss], labels[miss], predicted[miss], probability[miss]]
+        found = [images[miss], labels[miss], predicted[miss], probability[miss], index[miss]]
         if kept is not None:
             found = [torch.cat(pair) for pair in zip(kept, found, strict=True)]
         order = found[3].argsort(descending=True, stable=True)[:limit]
         kept = [values[order] for values in found]
-    names = ("images", "true", "predicted", "probability")
+    names = ("images", "true", "predicted", "probability", "index")
     return dict(zip(names, kept, strict=True)) | {"wrong": wrong, "seen": seen}
 
 
 def _draw_errors(add: Callable, run) -> None:
-    found = Namespace(**most_confident_mistakes(run, run.batches(run.test_images())))
+    test = run.test_images()
+    found = Namespace(**most_confident_mistakes(run, run.batches(test)))
     if not found.wrong:
         print(f"No mistakes in {found.seen} images, so no picture of them", file=sys.stderr)
         return
-    true, predicted = ([run.classes[i] for i in labels.tolist()] for labels in (found.true, found.predicted))
+    classes = vis_utils.legible(run.classes)
+    true, predicted = ([classes[i] for i in labels.tolist()] for labels in (found.true, found.predicted))
+    paths = getattr(test, "paths", None) or getattr(test.source, "paths", None)  # of images that are files
+    ids = test.ids[found.index.cpu()].tolist()
+    names = vis_utils.legible([Path(paths[i]).name for i in ids]) if paths else [f"test image {i}" for i in ids]
     images = denormalize(found.images, run.args.mean, run.args.std)
     title = f"the {len(images)} most confident of {found.wrong} mistakes in {found.seen} test images"
-    add("errors", title, vis_utils.plot_mistakes, images, true, predicted, found.probability.tolist())
+    add("errors", title, vis_utils.plot_mistakes, images, true, predicted, found.probability.tolist(), names)

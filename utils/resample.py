@@ -26,17 +26,22 @@ def _filter(x: torch.Tensor, interpolation: str) -> torch.Tensor:
     return (0.5 * far - 0.5).mul_(far).mul_(far) + (1 - 2 * near).mul_(near).mul_(near)
 
 
-def resize_weights(start: torch.Tensor, length: torch.Tensor, in_size: int, out_size: int, interpolation: str):
+def resize_weights(
+    start: torch.Tensor, length: torch.Tensor, in_size: int, out_size: int, interpolation: str,
+    window: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Weights that resample the interval [start, start + length) of a line to `out_size` pixels, antialiased.
 
     `start` and `length` (b,) in pixels, inside the line of `in_size`, need not be whole -> (b, out_size, in_size)
-    float32, rows that sum to 1 and are zero outside the interval.
+    float32, rows that sum to 1 and are zero outside the interval. With `window`, first and total (b,), the interval is
+    resampled to `total` pixels, of which `out_size` are computed, from number `first` on.
     """
     start, length = start[:, None, None], length[:, None, None]
-    scale = length.float() / out_size
+    first, total = (part[:, None, None] for part in window) if window else (0, out_size)
+    scale = length.float() / total
     stretch = scale.clamp(min=1)
     reach = 1 if interpolation == "bilinear" else 2
-    centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale  # (b, out, 1)
+    centre = start + (first + torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale  # (b, out, 1)
     count = math.ceil(2 * reach * max(1, in_size / out_size)) + 1  # pixels that a filter can touch, and more
     pixel = (centre - reach * stretch).floor() + torch.arange(count, device=start.device)
     weights = _filter((pixel + 0.5 - centre).div_(stretch), interpolation)
@@ -59,13 +64,13 @@ def _weight_table(
 
 def line_weights(
     start: torch.Tensor, length: torch.Tensor, mirrored: torch.Tensor | None, in_size: int, out_size: int,
-    interpolation: str, dtype: torch.dtype,
+    interpolation: str, dtype: torch.dtype, window: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`resize_weights`, (b, out_size, in_size) of `dtype`, in reverse where `mirrored`; looked up for whole pixels."""
     side = -(-in_size // 16) * 16  # few tables do for batches of many sizes
     intervals = side * (side + 1) // 2
-    if start.is_floating_point() or 2 * intervals * out_size * side * dtype.itemsize > TABLE:
-        weights = resize_weights(start, length, in_size, out_size, interpolation).to(dtype)
+    if window or start.is_floating_point() or 2 * intervals * out_size * side * dtype.itemsize > TABLE:
+        weights = resize_weights(start, length, in_size, out_size, interpolation, window).to(dtype)
         return weights if mirrored is None else torch.where(mirrored[:, None, None], weights.flip(1), weights)
     place = (length - 1) * (2 * side + 2 - length) // 2 + start
     if mirrored is not None:
@@ -76,16 +81,19 @@ def line_weights(
 def crop_flip_resize(
     images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor | None, size: int, interpolation: str, *,
     factor: Sequence[float] = (), bias: Sequence[float] = (), dtype: torch.dtype = torch.float32,
+    windows: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Cut each image's box, mirror it where `flips`, resize it to `size` x `size`, antialiased, and normalise it.
 
     Images (b, 1 or c, h, w), 0..255, and boxes (b, 4) of top, left, height, width, not always whole -> (b, c, size,
     size) of `dtype`, which the products are of, too. A level becomes level * factor + bias of its channel, without them
-    it stays; bicubic overshoots beyond levels 0 and 255 are cut off.
+    it stays; bicubic overshoots beyond levels 0 and 255 are cut off. With `windows` (b, 4) of top, left, height, width
+    each box is resized to that height and width, and `size` x `size` are cut out of it at top and left.
     """
     top, left, height, width = boxes.unbind(1)
-    rows = line_weights(top, height, None, images.shape[2], size, interpolation, dtype)
-    columns = line_weights(left, width, flips, images.shape[3], size, interpolation, dtype)
+    above, beside = (windows[:, 0::2].unbind(1), windows[:, 1::2].unbind(1)) if windows is not None else (None, None)
+    rows = line_weights(top, height, None, images.shape[2], size, interpolation, dtype, above)
+    columns = line_weights(left, width, flips, images.shape[3], size, interpolation, dtype, beside)
     cut = interpolation == "bicubic"  # it overshoots; Pillow cuts off after each pass
     channels = len(factor) or images.shape[1]
     out = torch.empty(len(images), channels, size, size, dtype=dtype, device=images.device)
@@ -126,9 +134,13 @@ def parts(images: torch.Tensor) -> list[slice]:
 
 def shift(images: torch.Tensor, offsets: torch.Tensor, pad: int) -> torch.Tensor:
     """Pad with black by `pad` pixels, and cut the native size back out at each image's (row, column)."""
-    padded, (row, column) = F.pad(images, (pad, pad, pad, pad)), offsets.unbind(1)
-    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # one from each place, a view
-    return windows[torch.arange(len(images), device=images.device), :, row, column]
+    b, c, h, w = images.shape
+    padded = F.pad(images, (pad, pad, pad, pad)).contiguous()
+    high, wide = padded.shape[2:]
+    channel = torch.arange(b * c, device=images.device).view(b, c, 1) * (high * wide)
+    line = (offsets[:, :1] + torch.arange(h, device=images.device)) * wide + offsets[:, 1:]  # (b, h)
+    runs = padded.view(-1).unfold(0, w, 1)  # of w pixels from each one on, a view; 3 times as fast as pixel by pixel
+    return runs.index_select(0, (channel + line[:, None]).flatten()).view(images.shape)
 
 
 def rotate_reflected(images: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:

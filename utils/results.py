@@ -9,7 +9,7 @@ import logging
 import re
 import statistics
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_t
 
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
 NORMS = ("LN", "BN", "GN", "Rescale")  # columns of every table
+SIZES = {"patch_size": "patch", "dim": "dim", "depth": "depth", "heads": "heads", "mlp_dim": "mlp", "stem": "stem"}
+COLUMNS = ("dataset", "emnist_split", "model_type", "norm_type", "img_size", "pretrained_dir", "load_model_dir", *SIZES)
+STEPS = ("num_steps", "epochs", "warmup_steps", "warmup_epochs")  # follow from one another, shown as steps
 
 # The inverse of `run_files.run_id`, for logs whose names alone say it.
 RUN_ID = re.compile(
@@ -26,7 +29,8 @@ RUN_ID = re.compile(
 )
 # A line of a text log after its time, level and source.
 FACT = re.compile(
-    r"(Training parameters|Global Steps|Valid Loss|Valid Accuracy|Best Accuracy|End Training|last)[:!]?(?:\s+(.*))?"
+    r"(Training parameters|Total Parameter|Global Steps|Valid Loss|Valid Accuracy|Best Accuracy|End Training|last)"
+    r"[:!]?(?:\s+(.*))?"
 )
 
 
@@ -53,12 +57,18 @@ class Run:
     best: float | None = None  # on the test images, of the best checkpoint; None while the run is not finished
     last: float | None = None  # on the test images, after the last step
     minutes: float | None = None
+    parameters: int | None = None
     cut_off: bool = False  # the file ends within a line
 
     @property
     def progress(self) -> str:
         step = self.steps[-1] if self.steps else 0
         return f"step {step} of {self.num_steps}" if self.num_steps else f"step {step}"
+
+    @property
+    def best_so_far(self) -> str:
+        score = f"{'val ' * (self.chosen_on == 'val')}{100 * max(self.accuracy):.2f} so far, " if self.accuracy else ""
+        return f"{score}{self.progress} (seed {self.seed})"
 
     @property
     def series(self) -> tuple:
@@ -90,6 +100,7 @@ def _read_json(path: Path) -> Run:
             norm=flags["norm_type"], image_size=flags["img_size"], seed=flags["seed"],
             pretrained=bool(flags["pretrained_dir"] or flags["load_model_dir"]), dataset=_dataset(flags),
             settings=flags, chosen_on=records[0]["selected_on"], num_steps=int(flags["num_steps"]), cut_off=cut_off,
+            parameters=records[0].get("parameters"),
         )  # fmt: skip
         for record in records[1:]:
             if record["event"] == "eval":
@@ -119,6 +130,9 @@ def _take(run: Run, row: dict, fact: str, value: str) -> None:
         run.settings = _namespace(value)
         run.dataset, run.num_steps = _dataset(run.settings), run.settings.get("num_steps")
         run.seed = run.settings.get("seed", run.seed)
+    elif fact == "Total Parameter":
+        millions, exact = re.match(r"([\d.]+)M(?: \(([\d,]+)\))?", value).groups()
+        run.parameters = int(exact.replace(",", "")) if exact else round(1e6 * float(millions))
     elif fact == "Global Steps":
         row.clear()
         row["step"] = int(value)
@@ -203,18 +217,25 @@ def read_board(folder: Path, tag: str) -> tuple[list[int], list[float]]:
 class Row:
     """A line of the table: the finished runs of a series, which differ in seeds, or one run that is not finished."""
 
-    label: str  # the model, and what tells the row from its likes
     runs: list[Run]
+    sizes: str = ""  # other than the model type's
+    apart: str = ""  # what tells the rows of the table from one another
+    legend_sizes: bool = False  # whether the sizes do
 
     @property
     def run(self) -> Run:
         return self.runs[0]
 
     @property
+    def label(self) -> str:
+        return f"{self.run.model}{'*' * self.run.pretrained}{self.sizes}{self.apart and f' ({self.apart})'}"
+
+    @property
     def legend(self) -> str:
         n = f", n={len(self.runs)}" if len(self.runs) > 1 else ""
         state = "" if self.run.finished else f", seed {self.run.seed}: {self.run.progress}"
-        return f"{self.label}{'*' if self.run.pretrained else ''} {self.run.norm}{n}{state}"
+        model = f"{self.run.model}{'*' * self.run.pretrained}{self.sizes * self.legend_sizes}"
+        return f"{model}{self.apart and f' ({self.apart})'} {self.run.norm}{n}{state}"
 
 
 def mean_and_spread(values: Iterable[float | None]) -> tuple[float | None, float | None]:
@@ -224,20 +245,46 @@ def mean_and_spread(values: Iterable[float | None]) -> tuple[float | None, float
     return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
-def _label(run: Run, likes: list[Run]) -> str:
-    """The model, followed by the name or the settings where other rows have the same model, norm and size."""
-    others = [other for other in likes if other.series != run.series]
-    if not others:
-        return run.model
-    if all(other.name != run.name for other in others):
-        return f"{run.model} ({run.name})"
-    differing = [key for key in run.settings if any(other.settings.get(key) != run.settings[key] for other in others)]
-    shown = [f"{key} {run.settings[key]}" for key in differing if key not in APART][:3]
-    return f"{run.model} ({', '.join([run.name, *shown])})"
+def _tell_apart(rows: list[Row], models: dict[str, dict]) -> None:
+    """Say of each row of a table its sizes, and of all rows the same: names, steps and settings, where any two need
+    them; so rows are comparable, or visibly not.
+    """
+    for row in rows:
+        usual, own = models.get(row.run.model, {}), row.run.settings
+        differing = {name: own.get(key) for key, name in SIZES.items() if own.get(key) not in (None, usual.get(key))}
+        row.sizes = "".join(f", {name} {value}" for name, value in differing.items())
+
+    def alike(row: Row) -> tuple:
+        return row.run.model, row.sizes, row.run.norm, row.run.pretrained, row.run.image_size, row.apart
+
+    def same() -> list[list[Row]]:
+        groups: dict[tuple, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(alike(row), []).append(row)
+        return [group for group in groups.values() if len({row.run.series for row in group}) > 1]
+
+    def show(what: Callable[[Run], str]) -> None:
+        for row in rows:
+            row.apart = ", ".join(filter(None, [row.apart, what(row.run)]))
+
+    for row in rows:
+        row.legend_sizes = len({each.sizes for each in rows}) > 1
+    if any(len({row.run.name for row in group}) > 1 for group in same()):
+        show(lambda run: run.name)
+    if len({row.run.num_steps for row in rows}) > 1:
+        show(lambda run: f"{run.num_steps} steps")
+    hidden, keys = {*APART, *COLUMNS, *STEPS}, []
+    for group in same():
+        first, *others = (row.run.settings for row in group)
+        keys += [key for key in first if any(other.get(key) != first[key] for other in others)]
+    shown = [key for key in dict.fromkeys(keys) if key not in hidden][:3]
+    show(lambda run: ", ".join(f"{key} {run.settings.get(key)}" for key in shown))
 
 
-def tables(runs: list[Run]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of each table, by (data set, images that the best checkpoint was chosen on)."""
+def tables(runs: list[Run], models: dict[str, dict]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each table, by (data set, images that the best checkpoint was chosen on); `models` has the usual
+    sizes of each model type.
+    """
 
     def order(run: Run) -> tuple:
         norm = NORMS.index(run.norm) if run.norm in NORMS else len(NORMS)
@@ -249,7 +296,9 @@ def tables(runs: list[Run]) -> dict[tuple[str, str], list[Row]]:
         if rows and run.finished and rows[-1].run.finished and rows[-1].run.series == run.series:
             rows[-1].runs.append(run)
             continue
-        rows.append(Row(_label(run, [other for other in runs if other.kind == run.kind]), [run]))
+        rows.append(Row([run]))
+    for rows in found.values():
+        _tell_apart(rows, models)
     return dict(sorted(found.items()))
 
 
@@ -257,15 +306,16 @@ def markdown(dataset: str, chosen_on: str, rows: list[Row]) -> str:
     """One data set's table: model, norm, resolution, accuracy and time, in the form of RescaleViT's README."""
     on_test, norms = chosen_on == "test", list(dict.fromkeys((*NORMS, *(row.run.norm for row in rows))))
     choice = "best on test" if on_test else "test, best on val"
-    lines = [["model", *norms, "resolution", f"acc(%), {choice}", "time(min)"]]
+    lines = [["model", *norms, "resolution", "parameters", f"acc(%), {choice}", "time(min)"]]
     for row in rows:
         run, (minutes, _) = row.run, mean_and_spread(run.minutes for run in row.runs)
         best, spread = mean_and_spread(run.best for run in row.runs)
-        accuracy = f"{100 * best:.2f}" if run.finished else f"{run.progress} (seed {run.seed})"
+        accuracy = f"{100 * best:.2f}" if run.finished else run.best_so_far
         lines.append([
-            row.label.replace(run.model, f"{run.model}*", 1) if run.pretrained else row.label,
+            row.label,
             *("+" if norm == run.norm else "" for norm in norms),
             f"{run.image_size}x{run.image_size}",
+            f"{run.parameters / 1e6:.3g}M" if run.parameters else "",
             accuracy if spread is None else f"{accuracy} ± {100 * spread:.2f} (n={len(row.runs)})",
             f"{minutes:.1f}" if run.finished and minutes is not None else "",
         ])  # fmt: skip
@@ -276,7 +326,12 @@ def markdown(dataset: str, chosen_on: str, rows: list[Row]) -> str:
     notes += ["± sample standard deviation over n seeds"] if any(len(row.runs) > 1 for row in rows) else []
     if on_test:
         notes.append("best on test: the evaluation that scored highest on the test images, so a little optimistic")
-    return f"### {dataset}\n\n" + "\n".join(text) + f"\n\n{'; '.join(notes)}".rstrip() + "\n"
+    return (
+        f"### {dataset}{'' if on_test else ', best on val'}\n\n"
+        + "\n".join(text)
+        + f"\n\n{'; '.join(notes)}".rstrip()
+        + "\n"
+    )
 
 
 def csv_text(found: dict[tuple[str, str], list[Row]]) -> str:
@@ -287,11 +342,12 @@ def csv_text(found: dict[tuple[str, str], list[Row]]) -> str:
             run, done = row.run, row.run.finished
             line = dict(
                 dataset=dataset, chosen_on=chosen_on, model=run.model, norm=run.norm, pretrained=run.pretrained,
-                resolution=run.image_size, name=run.name, label=row.label,
+                resolution=run.image_size, parameters=run.parameters, name=run.name, label=row.label,
                 state="finished" if done else "incomplete", step=run.steps[-1] if run.steps else 0,
                 num_steps=run.num_steps, n=len(row.runs) if done else 0,
                 seeds=" ".join(str(run.seed) for run in row.runs),
             )  # fmt: skip
+            line["best_so_far"] = max(run.accuracy, default=None)
             for name in ("best", "last", "minutes"):
                 line[name], line[f"{name}_sd"] = mean_and_spread(getattr(run, name) for run in row.runs)
             lines.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})

@@ -19,8 +19,9 @@ UNTIL_DATA = ("num_steps", "epochs", "warmup_steps", "mean", "std")  # may be No
 
 # Flags that may differ between a run and its continuation, as they don't change what is computed.
 NOT_SETTINGS = frozenset(
-    "name output_dir log_dir overwrite dry_run cells validate device gpu_id local_rank num_workers memory_limit "
-    "cache_dir no_cache skip_broken extend eval_batch_size log_every save_every grad_checkpoint detect_anomaly".split()
+    "name output_dir log_dir overwrite dry_run cells asked validate device gpu_id local_rank num_workers memory_limit "
+    "cache_dir no_cache skip_broken extend eval_batch_size log_every save_every ckpt_freq grad_checkpoint "
+    "detect_anomaly".split()
 )
 
 

@@ -1,9 +1,12 @@
 """Read weight files of this and other projects into a model.
 
-`load_weights(model, path)` reads any of: Google's `.npz`, this project's and jeonsworld/ViT-pytorch's `.bin`, timm's
-and DeiT's `.pth`, `.safetensors`. Files are data: nothing in them is ever executed.
+`load_weights(model, path)` reads Google's `.npz`, and `.bin`, `.pth`, `.pt` and `.safetensors` of this project and of
+those in `utils.weight_names`. What it loads computes what it computed where it comes from; a file with a tensor that
+the model has no place for is refused. Files are data: nothing in them is ever executed.
 """
 
+import argparse
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -15,166 +18,297 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from utils import checkpoint
+from utils import checkpoint, weight_names
 from utils.cli import UserError, one_line, refuse, refusing
+from utils.presets import NORMALIZE
 
-# (pattern, replacement) from the parameter names of jeonsworld/ViT-pytorch and ChaofanTao/RescaleViT to ours.
-JEONSWORLD_NAMES = [
-    (r"^transformer\.embeddings\.position_embeddings$", "pos_embed"),
-    (r"^transformer\.embeddings\.cls_token$", "cls_token"),
-    (r"^transformer\.embeddings\.patch_embeddings\.", "patch_embed.proj."),
-    (r"^transformer\.embeddings\.hybrid_model\.(?:body\.)?", "patch_embed.stem."),
-    (r"^(patch_embed\.stem\..*\.)downsample\.", r"\1conv_proj."),
-    (r"^transformer\.encoder\.encoder_norm\.", "norm."),
-    (r"^transformer\.encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention_norm\.", ".norm1."),
-    (r"\.ffn_norm\.", ".norm2."),
-    (r"\.ffn_addbias\.", ".bias2."),
-    (r"\.addbias\.", ".bias1."),
-    (r"(\.bias[12])\._bias$", r"\1.bias"),
-    (r"(\.bias[12])\.init_mean$", r"\1.mean"),
-    (r"^(blocks\.\d+)\._scale$", r"\1.scale"),
-    (r"\.ffn\.", ".mlp."),
-    (r"\.attn\.out\.", ".attn.proj."),
-]
-# The same from the array names of Google's .npz files.
-GOOGLE_NAMES = [
-    (r"^cls$", "cls_token"),
-    (r"^embedding/", "patch_embed/proj/"),
-    (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
-    (r"^Transformer/encoder_norm/", "norm/"),
-    (r"^Transformer/encoderblock_(\d+)/", r"blocks/\1/"),
-    (r"/LayerNorm_0/", "/norm1/"),
-    (r"/LayerNorm_2/", "/norm2/"),
-    (r"/MultiHeadDotProductAttention_1/", "/attn/"),
-    (r"/attn/out/", "/attn/proj/"),
-    (r"/MlpBlock_3/Dense_0/", "/mlp/fc1/"),
-    (r"/MlpBlock_3/Dense_1/", "/mlp/fc2/"),
-    (r"^(conv|gn)_root/", r"patch_embed/stem/root/\1/"),
-    (r"^block(\d)/", r"patch_embed/stem/block\1/"),
-    (r"/(kernel|scale)$", "/weight"),
-]
+State = dict[str, torch.Tensor]
+Pixels = tuple[list[float], list[float]]  # mean and std of the three channels
 
 
-def _rename(name: str, table: list[tuple[str, str]]) -> str:
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
+@dataclass
+class WeightFile:
+    """What a file holds: its tensors under this project's names, and what it says of its model.
 
-
-def _from_google(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Rename the arrays of a Google `.npz` and turn its (in, out) kernels into torch's (out, in)."""
-    state = {}
-    for key, array in arrays.items():
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if key.endswith("/kernel"):
-            if tensor.ndim == 4:
-                tensor = rearrange(tensor, "h w i o -> o i h w")
-            elif re.search(r"/(query|key|value)/kernel$", key):
-                tensor = rearrange(tensor, "d h dh -> (h dh) d")
-            elif tensor.ndim == 3:
-                tensor = rearrange(tensor, "h dh d -> d (h dh)")
-            else:
-                tensor = rearrange(tensor, "i o -> o i")
-        elif key.endswith(("/scale", "/bias")):
-            tensor = tensor.flatten()
-        state[_rename(key, GOOGLE_NAMES).replace("/", ".")] = tensor
-    return state
-
-
-def _fuse_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Join attn.query, attn.key and attn.value into attn.qkv."""
-    fused = {}
-    for name, tensor in state.items():
-        if ".attn.query." in name:
-            parts = [state[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
-            fused[name.replace(".query.", ".qkv.")] = torch.cat(parts)
-        elif ".attn.key." not in name and ".attn.value." not in name:
-            fused[name] = tensor
-    return fused
-
-
-def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Tensors of a weight file of any supported kind, under this project's parameter names.
-
-    UserError if it is missing, damaged, unsafe, or without weights.
+    `origin` is the project it comes from, None for one unknown; `own` has `args`, `classes` and `config` of a
+    checkpoint of train.py, {} of others; `normalize` is how pixels were normalised, `heads` the number of attention
+    heads, None where the file does not say it; `likely` is a key of presets.NORMALIZE that names suggest; `notes` are
+    for people.
     """
+
+    path: Path
+    state: State
+    origin: str | None = None
+    own: dict = field(default_factory=dict)
+    normalize: Pixels | None = None
+    heads: int | None = None
+    likely: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_weights(path: str | os.PathLike) -> WeightFile:
+    """Read a weight file of any supported kind. UserError: missing, damaged, unsafe, or without weights."""
     path = Path(path)
+    checkpoint.check_kind(path)
+    file, named = WeightFile(path, {}), [path.name]
     if path.suffix == ".npz":
         with refusing(f"{path}: no readable .npz of Google's", "download it again"):
-            with np.load(path, allow_pickle=False) as file:
-                state = _from_google(dict(file))
+            with np.load(path, allow_pickle=False) as arrays:
+                file.state = _from_google(dict(arrays), file)
     elif path.suffix == ".safetensors":
         with refusing(f"{path}: not read", "get it again, or pip install safetensors"):
             from safetensors.torch import load_file
 
-            state = _state_dict(load_file(path))
+            file.state = load_file(path)
     else:
-        tensors = _state_dict(checkpoint.read_file(path))
-        state = {_rename(name, JEONSWORLD_NAMES): tensor for name, tensor in tensors.items()}
-    refuse(not state, f"{path}: holds no weights")
+        held = checkpoint.read_file(path)
+        if isinstance(held, dict) and {"model", "classes"} <= held.keys() and isinstance(held.get("args"), dict):
+            file.own = {name: held.get(name) for name in ("args", "classes", "config")}
+            file.state = checkpoint.kept_weights(held)
+        else:
+            file.state = _find_tensors(held, file.notes)
+            named += _read_timm(file, held) if isinstance(held, dict) else []
+    wrappers = r"^((module|_orig_mod)\.)+"
+    file.state = {re.sub(wrappers, "", str(name)): v for name, v in file.state.items() if torch.is_tensor(v)}
+    refuse(not file.state, f"{path}: holds no weights")
+    if file.own:
+        file.origin = "this project"
+        args, config = file.own["args"], file.own["config"] or {}
+        file.heads = config.get("heads")
+        file.normalize = (args["mean"], args["std"]) if args.get("mean") and args.get("std") else None
+    else:
+        _rename(file)
+        named += _read_beside(file)
+        rotary = [name for name in named if "rope" in name.lower()]  # of which some files hold nothing
+        refuse(rotary, f"{path}: {', '.join(rotary)}: rotary positions, which no model here has")
+    words = " ".join(named).lower()
+    file.likely = next((name for pattern, name in weight_names.FILE_NAMES if re.search(pattern, words)), None)
     with refusing(f"{path}: query, key and value of an attention don't belong together", "get the whole file"):
-        return _fuse_qkv(state)
+        file.state = _join_qkv(file.state)
+    return file
 
 
-def _state_dict(obj) -> dict[str, torch.Tensor]:
-    """Find the tensors in what a torch file held: bare, or under `model` or `state_dict`; drop wrappers' prefixes."""
-    if isinstance(obj, dict) and isinstance(obj.get("average"), dict):
-        obj = checkpoint.kept_weights(obj)
-    for key in ("model", "state_dict"):
-        if isinstance(obj, dict) and isinstance(obj.get(key), dict):
-            obj = obj[key]
-    if not isinstance(obj, dict):
+def _find_tensors(held, notes: list[str]) -> State:
+    """The tensors in what a torch file held: bare, or under one of the usual keys."""
+    if not isinstance(held, dict):
         return {}
-    tensors = {str(name): value for name, value in obj.items() if isinstance(value, torch.Tensor)}
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in tensors.items()}
+    keys = (*weight_names.AVERAGED, *weight_names.PLAIN)
+    found = [key for key in keys if isinstance(held.get(key), dict) and _find_tensors(held[key], [])]
+    if found:
+        if found[0] in weight_names.AVERAGED and len(found) > 1:
+            notes.append(f"of {' and '.join(found)} the averaged weights, {found[0]}")
+        return _find_tensors(held[found[0]], notes)
+    return {name: value for name, value in held.items() if torch.is_tensor(value)}
 
 
-def resize_pos_embed(pos: torch.Tensor, grid: tuple[int, int], prefix: int = 1) -> torch.Tensor:
-    """Resample a position embedding to another grid: bilinear, corners aligned, the class token's row kept.
+def _from_google(arrays: dict[str, np.ndarray], file: WeightFile) -> State:
+    """Turn Google's (in, out) kernels into torch's (out, in), and take layers apart that stand in one array."""
+    state = {}
+    for key, array in arrays.items():
+        brain = array.dtype.kind == "V" and array.dtype.itemsize == 2  # bfloat16, which numpy doesn't know
+        tensor = torch.from_numpy(np.ascontiguousarray(array.view(np.uint16) if brain else array))
+        tensor = tensor.view(torch.bfloat16).float() if brain else tensor
+        name = key.replace("/", ".")
+        if ".encoderblock." in name:  # big_vision's scan over layers
+            for i, layer in enumerate(tensor):
+                state[name.replace(".encoderblock.", f".encoderblock_{i}.")] = layer
+        else:
+            state[name] = tensor
+    for name, tensor in state.items():
+        if re.search(r"\.(query|key|value)\.kernel$", name):
+            file.heads = tensor.shape[1]
+            state[name] = rearrange(tensor, "d h dh -> (h dh) d")
+        elif name.endswith(".kernel"):
+            layout = {2: "i o -> o i", 3: "h dh d -> d (h dh)", 4: "h w i o -> o i h w"}[tensor.ndim]
+            state[name] = rearrange(tensor, layout)
+        elif name.endswith((".scale", ".bias")):
+            state[name] = tensor.flatten()
+    return state
 
-    `pos` (1, p + n, d) is of a square grid with p = 0, 1 or 2 rows for class tokens in front, of which the first
-    `prefix` are taken, or zeros -> (1, prefix + rows * columns, d). ValueError where it does not belong to a square
-    grid.
-    """
-    for found in (1, 0, 2):
-        side = round(max(0, pos.shape[1] - found) ** 0.5)
-        if side and side * side == pos.shape[1] - found:
+
+def _rename(file: WeightFile) -> None:
+    """Find the project by its names, and give the tensors those of this one."""
+    for origin in weight_names.ORIGINS:
+        roots = [name.removesuffix(origin.mark) for name in file.state if f".{name}".endswith(f".{origin.mark}")]
+        if roots:
             break
     else:
-        raise ValueError(f"a position embedding of {pos.shape[1]} rows belongs to no square grid")
-    front, patches = pos[:, : min(found, prefix)], pos[:, found:]
-    if front.shape[1] < prefix:
-        front = torch.cat([front, pos.new_zeros(1, prefix - front.shape[1], pos.shape[2])], dim=1)
-    patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=side)
-    patches = F.interpolate(patches.float(), size=grid, mode="bilinear", align_corners=True).to(pos.dtype)
-    return torch.cat([front, rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
+        return
+    refuse(origin.refused, f"{file.path}: of {origin.project}: {origin.refused}, which no model here has")
+    root = min(roots, key=lambda root: ("momentum" in root, "student" in root, len(root)))  # of several networks
+    parts = root.split(".")[:-1]
+    cuts = [".".join(parts[:n]) + "." for n in range(len(parts), 0, -1)]  # a head may stand beside the rest
+    state = {}
+    for name, tensor in file.state.items():
+        name = name.removeprefix(next((cut for cut in cuts if name.startswith(cut)), ""))
+        for pattern, replacement in origin.names:
+            name = re.sub(pattern, replacement, name)
+        state.setdefault(name, tensor)
+    file.origin, normalize = origin.project, origin.normalize
+    if not origin.names:
+        kinds = [kind for kind in weight_names.PRETRAINED if any(kind[0] in name for name in file.state)]
+        _, file.origin, normalize = kinds[0] if kinds else ("", file.origin, None)
+    file.state = state
+    if normalize:
+        file.normalize = tuple(map(list, NORMALIZE[normalize]))
+
+
+def _read_timm(file: WeightFile, held: dict) -> list[str]:
+    """What a checkpoint of timm's train.py says of its model; names of it."""
+    flags = vars(held["args"]) if isinstance(held.get("args"), argparse.Namespace) else {}
+    words = flags.get("model_kwargs") or {}
+    pooling = flags.get("gp") or words.get("global_pool") or "token"
+    refuse(pooling != "token", f"{file.path}: pooled by {pooling!r}, which no model here does")
+    if flags.get("mean") and flags.get("std"):
+        file.normalize = (list(flags["mean"]), list(flags["std"]))
+    file.heads = words.get("num_heads")
+    return [name for name in (held.get("arch"), flags.get("model")) if isinstance(name, str)]
+
+
+def _read_beside(file: WeightFile) -> list[str]:
+    """What the JSON files of timm, Hugging Face and `eval.py --export` say beside their weights; names of it."""
+    folder, named = file.path.parent, []
+    for path in (file.path.with_suffix(".json"), folder / "preprocessor_config.json", folder / "config.json"):
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts |= facts.get("pretrained_cfg", {})
+            pixels = [facts.get(f"image_{word}", facts.get(word)) for word in ("mean", "std")]
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue
+        if all(isinstance(part, list) and len(part) == 3 for part in pixels):
+            file.normalize = tuple(pixels)
+        if isinstance(facts.get("num_attention_heads"), int):
+            file.heads = facts["num_attention_heads"]
+        named += [name for name in [facts.get("architecture")] if isinstance(name, str)]
+    return named
+
+
+def _join_qkv(state: State) -> State:
+    """Join attn.q, attn.k and attn.v into attn.qkv, where all are there."""
+    joined = dict(state)
+    for name in state:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if ".attn.q." in name and all(part in state for part in parts):
+            joined[name.replace(".q.", ".qkv.")] = torch.cat([joined.pop(part) for part in parts])
+    return joined
+
+
+def _fold_layer_scale(state: State, target: State, notes: list[str]) -> State:
+    """Multiply LayerScale, where the model has none, into the linear layer before it: the same function."""
+    state, folded = dict(state), False
+    for name in [name for name in state if name not in target]:
+        match = re.match(weight_names.LAYER_SCALE, name)
+        linear = match and f"{match[1]}.{'attn.proj' if '1' in match.groups()[1:] else 'mlp.fc2'}"
+        if match and f"{linear}.weight" in state:
+            scale, folded = state.pop(name).float(), True
+            for part in filter(state.__contains__, (f"{linear}.weight", f"{linear}.bias")):
+                state[part] = (scale * state[part].float().T).T
+    if folded:
+        notes.append("LayerScale folded into attn.proj and mlp.fc2")
+    return state
+
+
+def _complete(state: State, target: State, notes: list[str]) -> None:
+    """Zeros for a bias that the file's layers have not."""
+    bare = [n for n in target if n.endswith(".bias") and n not in state and f"{n.removesuffix('bias')}weight" in state]
+    for name in bare:
+        state[name] = torch.zeros_like(target[name])
+    if bare:
+        notes.append(f"no biases in the file, so zeros: {_few(bare)}")
+
+
+def resize_pos_embed(pos: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Resample a position embedding from one grid to another: bilinear, corners aligned.
+
+    `pos` (1, p + rows * columns, d), of which the p rows in front are kept -> (1, p + new rows * new columns, d).
+    """
+    p = pos.shape[1] - old[0] * old[1]
+    patches = rearrange(pos[:, p:], "1 (h w) d -> 1 d h w", h=old[0])
+    patches = F.interpolate(patches.float(), size=new, mode="bilinear", align_corners=True).to(pos.dtype)
+    return torch.cat([pos[:, :p], rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
+
+
+def _fit_positions(file: WeightFile, pos: torch.Tensor, rows: int, new: tuple[int, int], bare: bool) -> torch.Tensor:
+    """Give a file's position embedding the `rows` of a model whose patches are a grid `new`.
+
+    `bare` says that the class token may have no row in it: then it has added nothing, and gets zeros. ValueError where
+    the grid is not known: other projects' files don't tell it, so it must be square.
+    """
+    count, front = pos.shape[1], rows - new[0] * new[1]
+    config = file.own.get("config") or {}
+    if config.get("image_size") and config.get("patch_size"):
+        size = config["image_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        old = (height // config["patch_size"], width // config["patch_size"])
+    elif count == rows or bare and count == rows - front:
+        old = new
+    else:
+        sides = [round(max(0, count - n) ** 0.5) for n in ((front, 0) if bare else (front,))]
+        fitting = [side for side, n in zip(sides, (front, 0), strict=False) if side and side * side == count - n]
+        if not fitting:
+            raise ValueError(f"its {count} rows are no square grid{' and a class token' if front else ''}")
+        old = (fitting[0], fitting[0])
+    missing = front + old[0] * old[1] - count
+    pos = torch.cat([pos.new_zeros(1, missing, pos.shape[2]), pos], dim=1) if missing > 0 else pos
+    return pos if old == new else resize_pos_embed(pos, old, new)
 
 
 @dataclass
 class LoadReport:
-    """Parameter names by what became of them."""
+    """Parameter names by what became of them, and notes for people."""
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
+        parts = [f"{len(self.loaded)} tensors loaded", *map(one_line, self.notes)]
         for word in ("resized", "reinitialised", "ignored"):
-            names = getattr(self, word)
-            if names:
-                shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                parts.append(one_line(f"{word.replace('reinit', 're-init')}: {shown}"))
+            if names := getattr(self, word):
+                parts.append(f"{word.replace('reinit', 're-init')}: {_few(names)}")
         return "; ".join(parts)
+
+
+def _few(names: list[str]) -> str:
+    return one_line(", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else ""))
 
 
 def _depth(names) -> int:
     return 1 + max((int(m[1]) for m in (re.match(r"blocks\.([0-9]{1,6})\.", name) for name in names) if m), default=-1)
 
 
-def _check_tensor(path: str | os.PathLike, name: str, value: torch.Tensor, target: torch.Tensor) -> None:
+def _matches(name: str, patterns) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check_model(file: WeightFile, state: State, target: State, model: nn.Module) -> None:
+    """Refuse a file of another model, by the most telling of its tensors."""
+    kind, path = type(model).__name__, file.path
+    left = [name for name in state if name not in target]
+    for pattern, what in weight_names.FOREIGN:
+        for name in left:
+            if re.search(pattern, name) and not _matches(name, (*weight_names.HARMLESS, r"\.layer\.running_")):
+                raise UserError(f"{path}: {name}: {what}, which {kind} has not")
+    for name in state:
+        fc2 = state.get(name.replace(".fc1.", ".fc2."))
+        if name.endswith(".mlp.fc1.weight") and fc2 is not None and state[name].shape[0] == 2 * fc2.shape[-1]:
+            raise UserError(f"{path}: {name}: a gated MLP (SwiGLU), which {kind} has not")
+    theirs, ours = _depth(state), _depth(target)
+    refuse(theirs and theirs != ours, f"{path}: has {theirs} blocks, the model {ours}; another --model_type?")
+    heads = getattr(getattr(next(iter(getattr(model, "blocks", [])), None), "attn", None), "heads", file.heads)
+    wrong = file.heads not in (None, heads)
+    refuse(wrong, f"{path}: has {file.heads} attention heads, the model {heads}; another --model_type or --heads?")
+    body = [name for name, _ in model.named_parameters() if not name.startswith("head.")]
+    found = len(state.keys() & {*body})
+    if found < len(body) / 2:
+        whose = "names of this model" if file.origin else "names of this model or of a project that is known"
+        reason = f"only {found} of {len(body)} tensors have {whose}, and there are {_few(left)}"
+        raise UserError(f"{path}: {reason}; another kind of file?")
+
+
+def _check_tensor(path: Path, name: str, value: torch.Tensor, target: torch.Tensor) -> None:
     """Refuse what does not belong where `target` is: other kinds of numbers, or values that are not finite."""
     refuse(value.layout != torch.strided, f"{path}: {name} is no dense tensor; save the weights again")
     if value.is_floating_point() != target.is_floating_point() or value.is_complex():
@@ -183,59 +317,81 @@ def _check_tensor(path: str | os.PathLike, name: str, value: torch.Tensor, targe
         raise UserError(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike, keep_head: bool = True) -> LoadReport:
+def _check_names(
+    file: WeightFile, state: State, target: State, model: nn.Module, keep_head: bool, exact: bool
+) -> tuple[list[str], list[str]]:
+    """Names that the file has beyond the model, and those that start anew; refuse what would compute something else."""
+    path, kind = file.path, type(model).__name__
+    left, missing = [n for n in state if n not in target], [n for n in target if n not in state]
+    norms = [weight_names.NORMS] if not exact and any(_matches(name, [weight_names.NORMS]) for name in left) else []
+    harmless = [*weight_names.HARMLESS, *norms, *([] if exact else weight_names.HARMLESS_AT_FINE_TUNING)]
+    harmless += [] if keep_head else [r"^head\."]  # of pretraining
+    strange = [name for name in left if not _matches(name, harmless)]
+    refuse(strange, f"{path}: {_few(strange)}: no place for it in {kind}; another kind of model?")
+    anew = [] if exact else ["^head\\.", *norms]
+    absent = [name for name in missing if not _matches(name, anew)]
+    why = next((f" ({reason})" for name, reason in weight_names.ABSENT.items() if name in absent), "")
+    refuse(absent, f"{path}: lacks {_few(absent)}{why}; another --model_type, --norm_type or kind of model?")
+    if exact and not keep_head:
+        classes, wanted = (len(of["head.weight"]) for of in (state, target))
+        raise UserError(f"{path}: its head is of {classes} classes, the data has {wanted}")
+    return left, missing
+
+
+def load_weights(
+    model: nn.Module, source: str | os.PathLike | WeightFile, keep_head: bool = True, exact: bool = False
+) -> LoadReport:
     """Copy a weight file's tensors into a model of the same sizes, and say what became of each.
 
-    The position embedding is resampled to the model's grid; a head of another number of classes starts anew, at zero
-    (and any head, with `keep_head` False, as for other classes of the same number); what the file lacks keeps its fresh
-    values. UserError at an unreadable file, one of another model, or one that matches next to nothing.
+    The position embedding is resampled to the model's grid. A head of another number of classes starts anew, at zero
+    (and any head, with `keep_head` False, as for other classes of the same number), and so do norms where the file has
+    others; with `exact` both are refused, as for evaluation. LayerScale is folded into the layer before it.
+    UserError: unreadable, or not a file of this model.
     """
-    state, target, report = read_weights(path), dict(model.state_dict()), LoadReport()
-    theirs, ours = _depth(state), _depth(target)
-    refuse(theirs and theirs != ours, f"{path}: has {theirs} blocks, the model {ours}; another --model_type?")
+    file = source if isinstance(source, WeightFile) else read_weights(source)
+    path, target, report = file.path, dict(model.state_dict()), LoadReport(notes=[*file.notes])
+    state = _fold_layer_scale(file.state, target, report.notes)
+    bare = (
+        file.origin == "Google" or report.notes != file.notes
+    )  # big_vision and DeiT-III: class tokens without position
+    _check_model(file, state, target, model)
+    _complete(state, target, report.notes)
+    heads = [name for name in target if name.startswith("head.")]
+    keep_head = keep_head and all(name in state and state[name].shape == target[name].shape for name in heads)
+    report.ignored, report.reinitialised = _check_names(file, state, target, model, keep_head, exact)
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, tensor in target.items():
-        value = state.pop(name, None)
-        if value is not None:
-            _check_tensor(path, name, value, tensor)
-        same_shape = value is not None and value.shape == tensor.shape
-        if value is None or (name.startswith("head.") and not (keep_head and same_shape)):
+        if name in report.reinitialised:
+            continue
+        value = state[name]
+        _check_tensor(path, name, value, tensor)
+        fits = value.ndim == 3 and value.shape[::2] == tensor.shape[::2] and hasattr(model, "grid")
+        if name in heads and not keep_head:
             report.reinitialised.append(name)
-        elif same_shape:
+        elif value.shape == tensor.shape:
             report.loaded.append(name)
             target[name] = value
         elif name in fixed:  # a table that follows from the sizes
             report.ignored.append(name)
-        elif name == "pos_embed" and value.ndim == 3 and value.shape[::2] == tensor.shape[::2]:
+        elif name == "pos_embed" and fits:
             report.resized.append(name)
             with refusing(f"{path}: pos_embed does not fit", "another kind of file?", ValueError):
-                target[name] = resize_pos_embed(value, model.grid, tensor.shape[1] - model.grid[0] * model.grid[1])
+                target[name] = _fit_positions(file, value, tensor.shape[1], model.grid, bare)
         else:
             shapes = f"{tuple(value.shape)} in the file, {tuple(tensor.shape)} in the model"
             raise UserError(f"{path}: {name} is {shapes}; another --model_type, --patch_size, --stem or size?")
-    heads = [name for name in target if name.startswith("head.")]
-    if set(heads) & set(report.reinitialised):
+    if not keep_head:
         target |= {name: torch.zeros_like(target[name]) for name in heads}
-    report.ignored += state
-    # Parameters only: a BatchNorm that starts fresh has more buffers than that.
-    body = {name for name, _ in model.named_parameters() if not name.startswith("head.")}
-    found = len(body.intersection(report.loaded + report.resized))
-    if found < len(body) / 2:
-        raise UserError(f"{path}: only {found} of {len(body)} tensors have names of this model; another kind of file?")
     model.load_state_dict(target)
     return report
 
 
-def load_start(model: nn.Module, pretrained: str | None, continued: str | None, keep_head: bool) -> str:
-    """Put the weights that --pretrained_dir or --load_model_dir names into a model; a line for the log.
-
-    UserError as `load_weights`, or where `continued` lacks some of the model's weights.
-    """
-    path = pretrained or continued
-    if not path:
-        return "from scratch"
-    report = load_weights(model, path, keep_head)
-    if continued and report.reinitialised:
-        missing = ", ".join(report.reinitialised[:4])
-        raise UserError(f"{path}: lacks {missing} at this size; --pretrained_dir would start those anew")
-    return f"{path}: {report}"
+def check_pixels(file: WeightFile, mean: list[float], std: list[float]) -> list[str]:
+    """A line where pixels are normalised in another way than for the file's training, as far as that is known."""
+    theirs = file.normalize or NORMALIZE.get(file.likely)
+    if theirs is None or np.allclose(theirs, (mean, std), atol=1e-3):
+        return []
+    names = [name for name, pixels in NORMALIZE.items() if np.allclose(pixels, theirs, atol=1e-3)]
+    how = f"--normalize {names[0]}" if names else f"mean {theirs[0]}, std {theirs[1]}"
+    source = "what it comes from" if file.normalize else "its name"
+    return [f"{file.path}: by {source}, trained with {how}; this run normalises in another way"]

@@ -1,0 +1,509 @@
+"""Weight files of other projects, made by their own code: they compute the same here, or are refused by name."""
+
+import argparse
+import collections
+import datetime
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY, in_process, places, write_google_npz
+
+from eval import evaluate
+from models.vit import ViT
+from utils.augment import Augment
+from utils.cli import UserError
+from utils.data_utils import eval_batches
+from utils.datasets import load_data
+from utils.presets import NORMALIZE
+from utils.weights import load_weights, read_weights
+
+CLASSES = 10
+SIZES = dict(dim=32, depth=2, heads=2, mlp_dim=64)  # as TINY of the helpers
+
+
+def ours(image_size: int = 28, patch_size: int = 7, **changes) -> ViT:
+    sizes = SIZES | dict(image_size=image_size, patch_size=patch_size, num_classes=CLASSES)
+    return ViT(**sizes | changes).eval()
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights far from their start, so that nothing is zero or one by chance."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + 0.5 * (parameter.ndim == 1))
+    return model.eval()
+
+
+def message(*args, **words) -> str:
+    with pytest.raises(UserError) as error:
+        load_weights(*args, **words)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------- the same logits, made by the projects' own code
+
+
+def timm_vit(**words) -> torch.nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, num_classes=CLASSES)
+    return randomise(timm.models.vision_transformer.VisionTransformer(**sizes | words))
+
+
+def hugging_face(kind: str, folder: pathlib.Path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
+    sizes |= dict(mlp_ratio=2) if kind == "Dinov2" else dict(intermediate_size=64)
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=CLASSES, layer_norm_eps=1e-6)
+    if kind == "ViT":
+        model = randomise(transformers.ViTForImageClassification(config))
+        model.save_pretrained(folder)
+        return lambda x: model(x).logits, folder / "model.safetensors"
+    model = randomise(getattr(transformers, f"{kind}Model")(config))  # the encoder; a head of ours stands on it
+    head = torch.nn.Linear(32, CLASSES)
+    state = model.state_dict() | {f"classifier.{name}": value for name, value in head.state_dict().items()}
+    torch.save(state, folder / "w.pth")
+    if kind == "ViTMAE":  # which drops patches and mixes up their order: told to keep all, as they stand
+        model.config.mask_ratio = 0.0
+        noise = torch.arange(16.0)[None]
+        return lambda x: head(model(x, noise=noise.expand(len(x), -1)).last_hidden_state[:, 0]), folder / "w.pth"
+    return lambda x: head(model(x).last_hidden_state[:, 0]), folder / "w.pth"
+
+
+def torchvision_vit(folder):
+    from torchvision.models import VisionTransformer
+
+    model = randomise(VisionTransformer(28, 7, 2, 2, 32, 64, num_classes=CLASSES))
+    torch.save(model.state_dict(), folder / "w.pth")
+    return model, folder / "w.pth"
+
+
+def pretrained_vit(folder):
+    package = pytest.importorskip("pytorch_pretrained_vit.model")
+    package.resize_positional_embedding = False  # a name that the package's last release forgot to define
+    sizes = dict(image_size=28, patches=7, dim=32, ff_dim=64, num_heads=2, num_layers=2, num_classes=CLASSES)
+    model = randomise(package.ViT(name=None, **sizes))
+    torch.save(model.state_dict(), folder / "w.pth")
+    return model, folder / "w.pth"
+
+
+def saved(model, folder, obj=None, state=None):
+    torch.save(obj or state or model.state_dict(), folder / "w.pth")
+    return model, folder / "w.pth"
+
+
+def timm_checkpoint(folder):
+    """As timm's train.py writes it: flags in a Namespace, numbers of numpy, raw and averaged weights."""
+    raw, averaged = timm_vit(), timm_vit()
+    torch.nn.init.normal_(raw.head.weight)
+    args = argparse.Namespace(model="vit_tiny_patch16_224", gp=None, mean=None, std=None, output=pathlib.Path("/x"))
+    facts = dict(arch=args.model, args=args, metric=np.float64(0.5), when=datetime.datetime(2026, 1, 1), epoch=3)
+    facts |= dict(history=collections.defaultdict(list, loss=[np.float32(1)]), order=collections.OrderedDict(a=1))
+    state = {f"module.{name}": value for name, value in averaged.state_dict().items()}
+    torch.save(facts | dict(state_dict=raw.state_dict(), state_dict_ema=state), folder / "checkpoint-3.pth.tar")
+    return averaged, folder / "checkpoint-3.pth.tar"
+
+
+def dino(folder, wrap=lambda teacher: {"teacher": teacher}):
+    """A teacher beside its student, each with a projection head, which has no classes: ours is put on it."""
+    model = timm_vit()
+    backbone = {f"backbone.{name}": v for name, v in model.state_dict().items() if not name.startswith("head.")}
+    head = {"head.weight": model.head.weight.data, "head.bias": model.head.bias.data}
+    projection = {"head.mlp.0.weight": torch.ones(8, 32), "head.last_layer.weight_v": torch.ones(4, 8)}
+    student = {f"module.{name}": torch.zeros_like(v) for name, v in (backbone | projection).items()}
+    torch.save(dict(student=student, **wrap(backbone | projection)), folder / "w.pth")
+    return model, folder / "w.pth", head
+
+
+def big_vision(folder, scanned: bool, brain: bool):
+    """Arrays under big_vision's names, from a ViT of ours; the class token has no position there."""
+    model = randomise(ours())
+    state = dict(model.state_dict())
+    state["pos_embed"][:, 0] = 0
+    arrays = {
+        "cls": state["cls_token"], "pos_embedding": state["pos_embed"][:, 1:], "head/bias": state["head.bias"],
+        "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0), "head/kernel": state["head.weight"].T,
+        "embedding/bias": state["patch_embed.proj.bias"], "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+    }  # fmt: skip
+    layers = []
+    for i in range(2):
+        block = {name.removeprefix(f"blocks.{i}."): v for name, v in state.items() if name.startswith(f"blocks.{i}.")}
+        layer = {}
+        for ours_, theirs in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_1")):
+            layer |= {f"{theirs}/scale": block[f"{ours_}.weight"], f"{theirs}/bias": block[f"{ours_}.bias"]}
+        for ours_, theirs in (("fc1", "Dense_0"), ("fc2", "Dense_1")):
+            layer[f"MlpBlock_0/{theirs}/kernel"] = block[f"mlp.{ours_}.weight"].T
+            layer[f"MlpBlock_0/{theirs}/bias"] = block[f"mlp.{ours_}.bias"]
+        attention = "MultiHeadDotProductAttention_0"
+        for part, name in enumerate(("query", "key", "value")):
+            weight, bias = block["attn.qkv.weight"].chunk(3)[part], block["attn.qkv.bias"].chunk(3)[part]
+            layer[f"{attention}/{name}/kernel"] = weight.T.reshape(32, 2, 16)
+            layer[f"{attention}/{name}/bias"] = bias.reshape(2, 16)
+        layer[f"{attention}/out/kernel"] = block["attn.proj.weight"].T.reshape(2, 16, 32)
+        layer[f"{attention}/out/bias"] = block["attn.proj.bias"]
+        layers.append(layer)
+    for name in layers[0]:
+        if scanned:
+            arrays[f"Transformer/encoderblock/{name}"] = torch.stack([layer[name] for layer in layers])
+        else:
+            arrays |= {f"Transformer/encoderblock_{i}/{name}": layer[name] for i, layer in enumerate(layers)}
+    prefix = "opt/target/" if brain else "params/"
+    arrays = {f"{prefix}{name}": value.contiguous() for name, value in arrays.items()}
+    if brain:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+        as_bytes = {k: v.bfloat16().view(torch.int16).numpy().view(np.dtype("V2")) for k, v in arrays.items()}
+        np.savez(folder / "w.npz", **as_bytes)
+    else:
+        np.savez(folder / "w.npz", **{name: value.numpy() for name, value in arrays.items()})
+    return model, folder / "w.npz"
+
+
+ORIGINS = {
+    "timm": lambda f: saved(timm_vit(), f),
+    "timm LayerScale": lambda f: saved(timm_vit(init_values=0.1), f),
+    "timm no_embed_class": lambda f: saved(timm_vit(init_values=0.1, no_embed_class=True), f),
+    "timm without biases": lambda f: saved(timm_vit(qkv_bias=False, proj_bias=False), f),
+    "timm checkpoint": timm_checkpoint,
+    "Hugging Face ViT": lambda f: hugging_face("ViT", f),
+    "Hugging Face DINOv2": lambda f: hugging_face("Dinov2", f),
+    "Hugging Face MAE": lambda f: hugging_face("ViTMAE", f),
+    "torchvision": torchvision_vit,
+    "PyTorch-Pretrained-ViT": pretrained_vit,
+    "big_vision": lambda f: big_vision(f, scanned=False, brain=False),
+    "big_vision scanned, bfloat16": lambda f: big_vision(f, scanned=True, brain=True),
+}
+
+
+@pytest.fixture(params=ORIGINS)
+def origin(request, tmp_path):
+    return ORIGINS[request.param](tmp_path)
+
+
+def test_logits_are_the_projects_own(origin):
+    theirs, path = origin
+    model = ours()
+    report = load_weights(model, path, exact=True)
+    assert not report.reinitialised and not [name for name in report.ignored if not name.startswith("mask_token")]
+    x = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(x)
+    assert expected.std() > 0.1 and (model(x) - expected).abs().max() < 1e-4
+
+
+def test_scored_by_train_py(origin, tmp_path):
+    """-v gives the loss that the project's own model has on the same images."""
+    theirs, path = origin
+    mean, std = NORMALIZE["half"]
+    test = load_data("fashionmnist-mini", "data", train=False).test
+    batches = eval_batches(test, Augment(28, mean, std), batch_size=500, device=torch.device("cpu"), num_workers=0)
+
+    class Theirs(torch.nn.Module):
+        forward = staticmethod(theirs)
+
+    expected = evaluate(Theirs(), batches, CLASSES, torch.device("cpu"))
+    done = in_process("train.py", "--name", "x", *TINY, "--normalize", "half", "-v", "--load_model_dir", path)
+    assert done.returncode == 0, done.stderr
+    found = float(re.search(r"Valid Loss: ([\d.]+)", done.stdout)[1])
+    assert found == pytest.approx(expected["loss"], abs=2e-4)
+    assert f"({expected['correct']}/2000)" in done.stdout and f"Weights: {path}: 3" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["DINO", "iBOT", "MoCo-v3", "MAE"])
+def test_pretraining_without_classes(kind, tmp_path):
+    """The features of the averaged network are loaded for fine-tuning, the head starts anew; scoring is refused."""
+    model, path, head = dino(tmp_path)
+    body = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    if kind == "iBOT":
+        model, path, head = dino(
+            tmp_path, lambda teacher: {"teacher": teacher | {"backbone.masked_embed": torch.ones(1, 32)}}
+        )
+    if kind == "MoCo-v3":
+        both = {f"module.base_encoder.{name}": v for name, v in body.items()}
+        both |= {f"module.momentum_encoder.{name}": torch.zeros_like(v) for name, v in body.items()}
+        both |= {"module.base_encoder.head.0.weight": torch.ones(8, 32), "module.predictor.0.weight": torch.ones(8, 8)}
+        torch.save({"state_dict": both, "arch": "vit_small"}, path)
+    if kind == "MAE":
+        torch.save(
+            {"model": body | {"mask_token": torch.ones(1, 1, 8), "decoder_pos_embed": torch.ones(1, 17, 8)}}, path
+        )
+    vit = ours()
+    report = load_weights(vit, path)
+    assert report.reinitialised == ["head.weight", "head.bias"]
+    assert all(torch.equal(vit.state_dict()[name], value) for name, value in body.items())
+    assert ("averaged weights, teacher" in str(report)) == (kind in ("DINO", "iBOT"))
+    assert read_weights(path).normalize == tuple(map(list, NORMALIZE["imagenet"]))
+    assert "lacks head.weight, head.bias" in message(ours(), path, exact=True)
+    run = [
+        "train.py",
+        "--name",
+        "x",
+        *TINY,
+        "--num_steps",
+        1,
+        "--aug",
+        "none",
+        *places(tmp_path),
+        "--pretrained_dir",
+        path,
+    ]
+    assert "not trained" not in in_process(*run).stderr
+    text = next((tmp_path / "output").glob("*.txt")).read_text()
+    assert "mean 0.485 0.456 0.406" in text  # by default as for the weights
+
+
+def test_jeonsworld_as_safetensors(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    write_google_npz(tmp_path / "w.npz", **SIZES, patch=7, grid=4, classes=CLASSES)
+    google = read_weights(tmp_path / "w.npz").state
+    names = {
+        "patch_embed.proj.": "transformer.embeddings.patch_embeddings.",
+        "norm.": "transformer.encoder.encoder_norm.",
+    }
+    names |= {
+        "pos_embed": "transformer.embeddings.position_embeddings",
+        "cls_token": "transformer.embeddings.cls_token",
+    }
+    state = {}
+    for name, tensor in google.items():
+        name = next((name.replace(a, b, 1) for a, b in names.items() if name.startswith(a)), name)
+        name = re.sub(r"^blocks\.(\d+)\.", r"transformer.encoder.layer.\1.", name)
+        name = name.replace("norm1", "attention_norm").replace("norm2", "ffn_norm").replace(".mlp.", ".ffn.")
+        if ".attn.qkv." in name:
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                state[name.replace("qkv", part)] = piece.clone()
+        else:
+            state[name.replace(".attn.proj.", ".attn.out.")] = tensor.contiguous()
+    save_file(state, tmp_path / "w.safetensors")
+    model = ours()
+    assert len(load_weights(model, tmp_path / "w.safetensors").loaded) == 32
+    assert all(torch.equal(value, google[name]) for name, value in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- models of timm: equal, or refused by name
+
+SMALL = dict(embed_dim=32, depth=2, num_heads=2)
+EQUAL = (
+    "deit_tiny_patch16_224 deit_base_patch16_384 deit3_small_patch16_224 deit3_huge_patch14_224 test_vit "
+    "vit_tiny_patch16_224 vit_small_patch32_384 vit_base_patch8_224 vit_base_patch16_224 vit_base_patch16_224_miil "
+    "vit_base_patch16_plus_240 vit_base_patch32_plus_256 vit_small_patch14_dinov2 vit_large_patch14_224 "
+    "vit_small_patch16_36x1_224 vit_giant_patch14_224"
+).split()
+REFUSED = {
+    "beit_base_patch16_224": "blocks.0.attn.relative_position_bias_table: relative positions",
+    "beitv2_base_patch16_224": "blocks.0.attn.relative_position_bias_table: relative positions",
+    "beit3_base_patch16_224": "fc_norm.weight: a norm after pooling",
+    "cait_xxs24_224": "blocks.0.attn.proj_l.weight: CaiT's class attention or talking heads",
+    "convit_tiny": "blocks.0.attn.gating_param: ConViT's gated positions",
+    "deit_tiny_distilled_patch16_224": "dist_token: a distillation token",
+    "eva02_tiny_patch14_224": "blocks.0.attn.q_bias: biases of queries and values alone",
+    "flexivit_small": "its 225 rows are no square grid and a class token",
+    "levit_128s": "stem.conv1.bn.running_mean: BatchNorm",
+    "pit_ti_224": "tensors have names of this model or of a project that is known",
+    "samvit_base_patch16_224": "blocks.0.attn.rel_pos_h: relative positions",
+    "swin_tiny_patch4_window7_224": "attn.relative_position_bias_table: relative positions",
+    "tnt_s_patch16_224": "has 12 blocks, the model 2",
+    "visformer_tiny": "stem.1.running_mean: BatchNorm",
+    "vit_base_patch16_18x2_224": "blocks.0.attns.0.ls.gamma: LayerScale",
+    "vit_base_patch16_clip_224": "norm_pre.weight: a norm before the blocks",
+    "vit_base_patch16_gap_224": "lacks cls_token (it pools its patches)",
+    "vit_base_patch16_rpn_224": "fc_norm.weight: a norm after pooling",
+    "vit_base_patch16_siglip_224": "attn_pool.latent: pooling by attention",
+    "vit_base_patch16_xp_224": "blocks.0.q_norm.weight: norms of queries and keys",
+    "vit_giant_patch14_dinov2": "blocks.0.mlp.fc1.weight: a gated MLP (SwiGLU)",
+    "vit_intern300m_patch14_448": "lacks norm.weight, norm.bias",
+    "vit_medium_patch16_gap_240": "lacks cls_token (it pools its patches)",
+    "vit_relpos_small_patch16_224": "blocks.0.attn.rel_pos.mlp.fc1.weight: relative positions",
+    "vit_small_patch14_reg4_dinov2": "reg_token: register tokens",
+    "vit_small_patch16_dinov3": "reg_token: register tokens",
+    "vit_small_patch16_rope_224": "rotary positions",
+    "vit_small_patch16_rope_ape_224": "rotary positions",  # holds no tensor that tells
+    "vit_small_patch16_rope_mixed_ape_224": "rotary positions",
+    "vit_srelpos_small_patch16_224": "shared_rel_pos.mlp.fc1.weight: relative positions",
+    "vit_tiny_r_s16_p8_224": "patch_embed.backbone.conv.weight: timm's convolutional stem",
+    "vit_wee_patch16_reg1_gap_256": "reg_token: register tokens",
+    "xcit_nano_12_p16_224": "blocks.0.attn.temperature: XCiT's cross-covariance attention",
+}
+
+
+def timm_model(name: str) -> torch.nn.Module:
+    timm = pytest.importorskip("timm")
+    try:
+        return timm.create_model(name, num_classes=CLASSES, **SMALL)
+    except TypeError:  # not of these sizes
+        return timm.create_model(name, num_classes=CLASSES)
+
+
+@pytest.mark.parametrize("name", [*EQUAL, *REFUSED])
+def test_models_of_timm(name, tmp_path):
+    theirs = timm_model(name)
+    state = theirs.state_dict()
+    torch.save(state, tmp_path / f"{name}.pth")
+    size = theirs.default_cfg["input_size"][-1]
+    side = state["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in state else 16
+    mlp = state.get("blocks.0.mlp.fc1.weight", torch.zeros(128, 1)).shape[0]
+    vit = ours(size // side * side, side, mlp_dim=mlp)
+    if name in REFUSED:
+        for exact in (True, False):
+            assert REFUSED[name] in message(vit, tmp_path / f"{name}.pth", exact=exact)
+        return
+    randomise(theirs)
+    torch.save(theirs.state_dict(), tmp_path / f"{name}.pth")
+    load_weights(vit, tmp_path / f"{name}.pth", exact=True)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert (vit(x) - theirs(x)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (dict(qk_norm=True), "blocks.0.attn.q_norm.weight: norms of queries and keys, which ViT has not"),
+        (dict(global_pool="avg"), "fc_norm.weight: a norm after pooling, which ViT has not"),
+        (dict(global_pool="avg", class_token=False, fc_norm=False), "lacks cls_token (it pools its patches)"),
+        (dict(reg_tokens=4), "reg_token: register tokens"),
+        (dict(pre_norm=True), "norm_pre.weight: a norm before the blocks"),
+    ],
+)
+def test_variants_of_timms_vit(words, expected, tmp_path):
+    _, path = saved(timm_vit(**words), tmp_path)
+    assert expected in message(ours(), path)
+    done = in_process("train.py", "--name", "x", *TINY, "-v", "--load_model_dir", path)
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_only_flags_beside_the_weights_tell(tmp_path):
+    """Pooling and heads leave no trace in the tensors."""
+    _, path = saved(None, tmp_path, dict(state_dict=timm_vit().state_dict(), args=argparse.Namespace(gp="avg")))
+    assert "pooled by 'avg'" in message(ours(), path)
+    _, path = saved(None, tmp_path, dict(state_dict=timm_vit().state_dict(), arch="vit_small_patch16_rope_ape_224"))
+    assert "vit_small_patch16_rope_ape_224: rotary positions" in message(ours(), path)
+    write_google_npz(tmp_path / "w.npz", **SIZES, patch=7, grid=4, classes=CLASSES)
+    assert "has 2 attention heads, the model 4" in message(ours(heads=4), tmp_path / "w.npz")
+    _, path = saved(timm_vit(), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    assert "has 4 attention heads, the model 2" in message(ours(), path)
+
+
+def test_refused_projects(tmp_path):
+    package = pytest.importorskip("vit_pytorch")
+    model = package.ViT(image_size=28, patch_size=7, num_classes=10, dim=32, depth=2, heads=2, mlp_dim=64)
+    _, path = saved(model, tmp_path)
+    assert "of lucidrains/vit-pytorch: LayerNorm on the raw patches" in message(ours(), path)
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
+    for kind, words, expected in [
+        ("DeiT", dict(intermediate_size=64), "distillation_token: a distillation token"),
+        ("Dinov2WithRegisters", dict(mlp_ratio=2), "register_tokens: register tokens"),
+        ("Dinov2", dict(mlp_ratio=2, use_swiglu_ffn=True), "a gated MLP (SwiGLU)"),
+    ]:
+        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes, **words))
+        _, path = saved(model, tmp_path)
+        assert expected in message(ours(), path)
+    torch.save({"conv1.weight": torch.zeros(3), "layer1.0.bn1.weight": torch.zeros(3)}, path)
+    assert (
+        "0 of 30 tensors have names of this model or of a project that is known, and there are conv1.weight"
+        in message(ours(), path)
+    )
+
+
+# ---------------------------------------------------------------- files that hold no weights, or too much
+
+
+def test_what_is_no_file_of_weights(tmp_path):
+    script = tmp_path / "script.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(script)
+    model = tmp_path / "model.pth"
+    torch.save(torch.nn.Linear(2, 2), model)
+    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    (tmp_path / "page.npz").write_text("<!DOCTYPE html><html>not found</html>")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    for name, expected in {
+        "script.pt": "a TorchScript archive; save its weights: torch.save(torch.jit.load('script.pt').state_dict()",
+        "model.pth": "refused, it holds a torch.nn.modules.linear.Linear and could run code; if you trust it",
+        "lfs.pth": "a pointer of Git LFS, not the file itself",
+        "page.npz": "a web page, not the file itself",
+        "model.safetensors.index.json": "weights in several files are not read",
+        "nothing.pth": "no such file",
+        ".": "a folder; name the file in it",
+    }.items():
+        assert expected in message(ours(), tmp_path / name)
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def test_normalisation_of_the_weights(tmp_path):
+    """The default where the file or its project says it, a line where a flag says otherwise, a hint by the name."""
+    _, path = torchvision_vit(tmp_path)
+    run = ["train.py", *TINY, "-v", "--load_model_dir", path]
+    line = "trained with --normalize imagenet; this run normalises in another way"
+    assert line not in in_process(*run, "--name", "x").stdout
+    assert f"{path}: by what it comes from, {line}" in in_process(*run, "--name", "x", "--normalize", "half").stdout
+    deit = tmp_path / "deit_tiny.pth"
+    torch.save(timm_vit().state_dict(), deit)
+    run[-1] = deit
+    assert f"{deit}: by its name, {line}" in in_process(*run, "--name", "x").stdout
+    assert line not in in_process(*run, "--name", "x", "--normalize", "imagenet").stdout
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3}}))
+    assert read_weights(deit).normalize == ([0.1] * 3, [0.2] * 3)
+
+
+# ---------------------------------------------------------------- the model that an own checkpoint records
+
+
+def test_own_checkpoint_brings_its_model(tmp_path):
+    words = ["--num_steps", 2, "--eval_every", 2, "--aug", "none", *places(tmp_path)]
+    assert in_process("train.py", "--name", "bn", *TINY, "--norm_type", "BN", *words).returncode == 0
+    (path,) = (tmp_path / "output").glob("bn_*_checkpoint.bin")
+    score = ["train.py", "--name", "x", "--dataset", "fashionmnist-mini", "-v", "--load_model_dir", path]
+    best = json.loads(
+        (tmp_path / "output" / path.name.replace("_checkpoint.bin", ".jsonl")).read_text().splitlines()[-1]
+    )
+    done = in_process(*score)
+    assert f"Valid Accuracy: {best['best_accuracy']:.5f}" in done.stdout and "tensors loaded" in done.stdout
+    assert in_process(*score, "--norm_type", "BN", "--dim", 32).stdout == done.stdout
+    for words, expected in [
+        ("--norm_type GN", "has norm_type BN, not GN; leave --norm_type out"),
+        ("--heads 4", "has heads 2, not 4; leave --heads out"),
+        ("--patch_size 14", "has patch_size 7, not 14"),
+        ("--model_type DEMS-Ti", "has model_type ViT-Ti_16, not DEMS-Ti"),
+    ]:
+        done = in_process(*score, *words.split())
+        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+    larger = in_process(*score, "--img_size", 42)
+    assert larger.returncode == 0 and "resized: pos_embed" in larger.stdout
+    more = [
+        "--name",
+        "on",
+        "--dataset",
+        "fashionmnist-mini",
+        "--num_steps",
+        1,
+        "--train_batch_size",
+        32,
+        *places(tmp_path),
+    ]
+    assert in_process("train.py", *more, "--load_model_dir", path).returncode == 0
+    assert (tmp_path / "output" / "on_ViT-Ti_16_norm_BN_fp_False_img_28_pretrain_T.txt").exists()
+
+
+def test_checkpoint_loads_in_timm(tmp_path):
+    timm = pytest.importorskip("timm")
+    words = ["--num_steps", 1, "--aug", "none", *places(tmp_path)]
+    assert in_process("train.py", "--name", "x", *TINY, *words).returncode == 0
+    (path,) = (tmp_path / "output").glob("*_checkpoint.bin")
+    sizes = dict(img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, num_classes=10)
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    mine = ours()
+    load_weights(mine, path, exact=True)
+    x = torch.randn(2, 3, 28, 28)
+    assert F.mse_loss(model(x), mine(x)) < 1e-10
