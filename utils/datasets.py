@@ -179,7 +179,8 @@ def read_image(path: str | os.PathLike, short_side: int | None = None) -> Image.
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
             levels = np.asarray(image, dtype=np.float32) / 257
             image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        image.load()
         return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0) if reduced else image
 
 
