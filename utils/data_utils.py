@@ -97,7 +97,7 @@ def _augmented(source: Uniform | Ragged, ids: torch.Tensor, params: dict, augmen
     for part in (order[begin:end] for begin, end in pairwise([*ends, len(ids)])):
         done = augment(source.take(ids[part]), {name: value[part] for name, value in params.items()})
         batch = done.new_empty(len(ids), *done.shape[1:]) if batch is None else batch
-        batch[part.to(batch.device)] = done
+        batch[part.to(batch.device, non_blocking=True)] = done
     return batch
 
 
