@@ -42,7 +42,7 @@ from utils.cli import UserError, refuse
 from utils.datasets import Data, ImageSet, data_words, load_data
 from utils.dist_util import Processes
 from utils.log_util import RunLog, gflops, run_description, run_facts
-from utils.loss import balanced_weights, loss_of
+from utils.loss import accuracy_of, balanced_weights, loss_of
 from utils.optim import Average, make_optimizer, make_scaler
 from utils.run_files import RunFiles, run_id, settings
 
@@ -109,18 +109,13 @@ class Trainer:
         self.augment = train_augment(args, self.device, self.precision)
         self.eval_augment = eval_augment(args, self.device, self.precision)
         self.mix = make_mix(args, len(data.classes))
-        self.class_weights = None
-        if args.class_weights:
-            self.class_weights = balanced_weights(data.train.labels, len(data.classes)).to(self.device)
-            low, high = (f"{value:.3g}" for value in self.class_weights.aminmax())
-            self.notes.append(f"Class weights: {low} to {high}, as --class_weights {args.class_weights} says")
+        balanced = args.class_weights and balanced_weights(data.train.labels, len(data.classes)).to(self.device)
+        self.loss = partial(loss_of, smoothing=args.smoothing, class_weights=balanced)
         self.on_features = args.freeze and not self.mix and not frozen.is_random(self.augment)
         if self.on_features:
             self.notes.append("--freeze: features are computed once, as nothing about the images is random")
-            words = dict(device=self.device, num_workers=args.num_workers, batch_size=args.eval_batch_size)
-            batches = partial(data_utils.eval_batches, **words)
-            autocast = partial(device.autocast, self.device, self.precision)
-            self.data = frozen.on_features(self.model, data, self.augment, self.eval_augment, batches, autocast)
+            both = self.augment, self.eval_augment
+            self.data = frozen.on_features(self.model, data, *both, args, self.device, self.precision)
             self.augment = self.eval_augment = frozen.Features()
         self.parallel = dist_util.parallel(self.trained_part(self.model), processes)
         self.progress = Progress(torch.zeros((), device=self.device), torch.zeros((), device=self.device))
@@ -225,11 +220,10 @@ class Trainer:
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with device.autocast(self.device, self.precision):
                     logits = self.parallel(images)
-                loss = loss_of(logits.float(), labels, args.smoothing, self.class_weights) / parts
+                loss = self.loss(logits.float(), labels) / parts
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-            labels = labels if labels.ndim == 1 else labels.argmax(dim=1)  # mixed: the class that counts most
-            correct += (logits.detach().argmax(dim=1) == labels).float().mean() / parts
+            correct += accuracy_of(logits.detach(), labels) / parts
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.model.parameters(), args.max_grad_norm or float("inf"))
         self.scaler.step(self.optimizer)
@@ -267,15 +261,14 @@ class Trainer:
     def validate(self) -> None:
         """Evaluate, write the weights if they are the best so far, and log."""
         self.check_finite()
-        progress, models = self.progress, {"raw": self.model}
-        if self.average:
-            models = {"average": self.average.module, "raw": self.model}
+        progress, models = self.progress, {"average": self.average.module} if self.average else {}
+        models["raw"] = self.model
         results = {kind: self.score(model, self.data.valid) for kind, model in models.items()}
         progress.kept = max(results, key=lambda kind: results[kind]["accuracy"])  # the average, where both are as good
         result = results[progress.kept]
         if self.average:
-            accuracies = {f"{kind}_accuracy": each["accuracy"] for kind, each in results.items()}
-            result = result | accuracies | dict(kept=progress.kept)
+            result |= {f"{kind}_accuracy": each["accuracy"] for kind, each in results.items()}
+            result["kept"] = progress.kept
         frozen.train_mode(self.model, self.args.freeze)
         train_loss = dist_util.mean(progress.loss_sum) / progress.loss_steps
         train_accuracy = dist_util.mean(progress.correct) / progress.loss_steps
@@ -285,8 +278,8 @@ class Trainer:
         progress.last = result["accuracy"]
         if progress.last > progress.best["accuracy"]:
             progress.best = {"accuracy": progress.last, "step": progress.step}
-            best = models[progress.kept].state_dict()
-            self.save(self.files.best, model=best, accuracy=progress.last, loss=result["loss"])
+            state = models[progress.kept].state_dict()
+            self.save(self.files.best, model=state, accuracy=progress.last, loss=result["loss"])
         epoch = progress.step * self.args.epochs / self.args.num_steps
         facts = dict(train_loss=train_loss, train_accuracy=train_accuracy, lr=self.lr, seconds=round(self.elapsed(), 2))
         self.log.evaluation(progress.step, epoch, self.data.selected_on, result, progress.best["accuracy"], **facts)

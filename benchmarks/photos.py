@@ -1,6 +1,6 @@
 """How many photos do I need? A small ViT from scratch, with a frozen body, and fine-tuned, on few images a class.
 
-    python benchmarks/photos.py --data_dir data --out benchmarks/results
+    python benchmarks/photos.py --data_dir data --out benchmarks/results/photos
 
 The model is pretrained by recipes/demo.args on the 8 classes of Fashion-MNIST's first 10,000 images that are neither
 sandals nor bags; then all 10 classes are learnt from 20, 50 and 100 images each, drawn from the complete training set
@@ -69,7 +69,7 @@ def run(words: str, out: Path) -> tuple[dict, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="data")
-    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--out", default="benchmarks/results/photos")
     parser.add_argument("--runs", default="output/photos_benchmark", help="folder of the runs' files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--images", type=int, nargs="+", default=[20, 50, 100], help="a class")

@@ -91,7 +91,7 @@ def test_a_frozen_epoch_is_20_times_faster(tmp_path):
             words += ["--pretrained_dir", file_of(tmp_path, "full", "_checkpoint.bin")]
         run(*words, "--num_steps", 1) if name == "full" else None
         args = options.parse_train_args(MODELS, NORM_TYPES, [*map(str, words), *more])
-        trainer = train.Trainer(args, *train.prepare(args)[:2], keep_head=True)
+        trainer = train.Trainer(args, *train.prepare(args))
         batches = train.data_utils.train_batches(
             trainer.data.train, trainer.augment, seed=1, stop=100, batch_size=100, device=trainer.device
         )
@@ -138,7 +138,7 @@ def test_class_weights_in_a_run(tmp_path):
     words = [word for word in TINY if word not in ("--dataset", "fashionmnist-mini")]
     words += ["--data_dir", tmp_path / "photos", "--train_batch_size", 4, "--num_steps", 2, *places(tmp_path)]
     out = run("--name", "run", *words, "--class_weights", "balanced").stdout
-    assert "Class weights: 0.625 to 2.5" in out
+    assert "class_weights balanced" in out
 
 
 def test_training_accuracy_is_recorded(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TINY, in_process, places, write_folder
@@ -166,3 +167,29 @@ def test_larger_than_the_limit_streams(tmp_path):
     size = 200 * 3 * 8 * 8 / 2**30
     for limit, kind in ((size * 0.999, Files), (size, Uniform)):
         assert isinstance(load_data("imagefolder", tmp_path, memory_limit=limit).train.source, kind)
+
+
+PEAK = "import resource, sys, train; {then}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+
+
+@pytest.mark.slow
+def test_three_hundred_photos_of_very_different_sizes(tmp_path):
+    """A tenth above 3000 pixels, one of 7000 x 3000, a class of one: what training takes beyond torch itself."""
+    rng = np.random.default_rng(0)
+    sizes = [(7000, 3000)] + [(3000 + 40 * i, 2000 + 30 * i) for i in range(29)]
+    sizes += [tuple(rng.integers(60, 1500, 2).tolist()) for _ in range(270)]
+    for i, size in enumerate(sizes):
+        path = tmp_path / "photos" / ("rare" if i == 299 else "few" if i > 286 else f"class{i % 4}") / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size).save(path)
+    words = "--name run --model_type ViT-Ti_16 --patch_size 32 --depth 6 --aug mild --train_batch_size 64".split()
+    words += ["--eval_batch_size", "64", "--num_steps", "4", "--data_dir", str(tmp_path / "photos"), *places(tmp_path)]
+    then = "from models import MODELS, NORM_TYPES; from utils import options; "
+    then += f"train.main(options.parse_train_args(MODELS, NORM_TYPES, {words}))"
+    empty, full = (
+        int(subprocess.check_output([sys.executable, "-c", PEAK.format(then=what)], cwd=ROOT, text=True).split()[-1])
+        for what in ("pass", then)
+    )
+    cache = (tmp_path / "photos" / "train.cache.npz").stat().st_size / 2**20
+    print(f"torch {empty} MB, training {full} MB, cache {cache:.0f} MB")
+    assert full - empty < 680 and cache < 150

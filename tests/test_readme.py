@@ -44,6 +44,8 @@ def test_links_lead_somewhere():
 def test_commands_are_understood(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "imagenet21k_ViT-B_32.npz").touch()  # which a recipe names
     for words in commands("train.py", TEXTS[path]):
         for flag, value in zip(words, words[1:], strict=False):
             if flag in ("--pretrained_dir", "--load_model_dir"):  # as if it had been downloaded, or trained

@@ -179,7 +179,8 @@ def read_image(path: str | os.PathLike, short_side: int | None = None) -> Image.
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
             levels = np.asarray(image, dtype=np.float32) / 257
             image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        image.load()
         return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0) if reduced else image
 
 
@@ -220,7 +221,6 @@ class Cache:
 
     places: list[Path]
     fingerprint: str  # what it holds is only used for the same files
-    found: Path | None = None  # where it is
     note: str = "no cache"
 
     def read(self, *names: str) -> list | None:
@@ -233,7 +233,7 @@ class Cache:
         return None
 
     def _found(self, path: Path) -> None:
-        self.found, self.note = path, f"cache {path}, {path.stat().st_size / 2**20:.1f} MB"
+        self.note = f"cache {path}, {path.stat().st_size / 2**20:.1f} MB"
 
     def write(self, **arrays) -> None:
         for path in self.places:
@@ -313,9 +313,8 @@ def describe_sizes(sizes: torch.Tensor, short_side: int | None) -> str:
     """Sizes (n, 2), for the log."""
     if not len(sizes):
         return "no image"
-    (low, first), (high, last) = ((part.min().item(), part.argmin()) for part in (sizes.prod(1), -sizes.prod(1)))
-    small, large = ("x".join(map(str, sizes[i].flip(0).tolist())) for i in (first, last))
-    text = f"{small} pixels" if low == -high else f"{small} to {large} pixels"
+    ends = [sizes[place(sizes.prod(dim=1))].tolist() for place in (torch.argmin, torch.argmax)]
+    text = " to ".join(f"{width}x{height}" for height, width in ends[ends[0] == ends[1] :]) + " pixels"
     cut = short_side and (sizes.min(dim=1).values > short_side).any()
     return f"{text}, kept at a short side of {short_side} or less, which is all that crops can use" if cut else text
 

@@ -3,15 +3,19 @@
 That is computed once where nothing about the images is random, and in every step where something is.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from utils.augment import Augment
 from utils.cli import UserError
+from utils.data_utils import eval_batches
 from utils.datasets import Data, ImageSet, Uniform
+from utils.device import autocast
 
 
 def freeze(model: nn.Module, name: str) -> None:
@@ -42,28 +46,30 @@ class Features:
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, images: ImageSet, batches: Iterable, autocast: Callable) -> ImageSet:
+def features_of(model: nn.Module, images: ImageSet, batches: Iterable, context: Callable) -> ImageSet:
     """The same images as what the model's head is given for them, (n, dim) float32 on its device.
 
-    `batches` are all of them in order, as `data_utils.eval_batches` gives them.
+    `batches` are all of them in order, as `data_utils.eval_batches` gives them, `context()` that of the forward passes.
     """
     model.eval()
     found = []
     hook = model.head.register_forward_pre_hook(lambda head, given: found.append(given[0].float()))
     for x, _ in batches:
-        with autocast():
+        with context():
             model(x)
     hook.remove()
     return replace(images, source=Uniform(torch.cat(found)), ids=torch.arange(len(images)))
 
 
 def on_features(
-    model: nn.Module, data: Data, augment: Augment, eval_augment: Augment, batches: Callable, autocast: Callable
-) -> Data:
-    """A data set with features in the place of images; `batches(images, augment)` as for `features_of`."""
+    model: nn.Module, data: Data, augment: Augment, eval_augment: Augment, args: Namespace, device: torch.device,
+    precision: str,
+) -> Data:  # fmt: skip
+    """A data set with features in the place of its images."""
+    words = dict(device=device, num_workers=args.num_workers, batch_size=args.eval_batch_size)
 
     def compute(images: ImageSet, augment: Augment) -> ImageSet:
-        return features_of(model, images, batches(images, augment), autocast)
+        return features_of(model, images, eval_batches(images, augment, **words), partial(autocast, device, precision))
 
     train, test = compute(data.train, augment), compute(data.test, eval_augment)
     valid = test if data.valid is data.test else compute(data.valid, eval_augment)

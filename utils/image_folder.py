@@ -5,6 +5,7 @@ DIR/CLASS/**/*.jpg                                      split by `hold_out`
 DIR/**/*.jpg and a table file,label[,split]             --labels
 """
 
+import contextlib
 import csv
 import os
 import unicodedata
@@ -12,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from hashlib import sha256
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
-from utils.cli import refuse, refusing
+from utils.cli import UserError, refuse, refusing
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SPLITS |= {"testing": "test"}
@@ -47,10 +48,15 @@ def _visible(folder: str | os.PathLike) -> list[os.DirEntry]:
         return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: nfc(entry.name))
 
 
+def _identity(folder: str | os.PathLike) -> tuple[int, int]:
+    info = os.stat(folder)
+    return info.st_dev, info.st_ino
+
+
 def files_in(folder: str | os.PathLike, above: tuple = ()) -> Iterator[str]:
     """Visible files below a folder, by name. Links are followed, but not back into a folder that holds them."""
-    info = os.stat(folder)
-    here = (info.st_dev, info.st_ino)
+    above = above or tuple(map(_identity, Path(folder).resolve().parents))
+    here = _identity(folder)
     for entry in _visible(folder) if here not in above else ():
         if entry.is_dir():
             yield from files_in(entry.path, (*above, here))
@@ -59,13 +65,10 @@ def files_in(folder: str | os.PathLike, above: tuple = ()) -> Iterator[str]:
 
 
 def holds_images(root: str | os.PathLike) -> bool:
-    """Whether there are images in a folder, in its folders, or in theirs."""
-    folders = [root]
-    for _ in range(3):
-        entries = [entry for folder in folders if os.access(folder, os.R_OK) for entry in _visible(folder)]
-        if any(suffix_of(entry.name) in suffixes() and entry.is_file() for entry in entries):
-            return True
-        folders = [entry.path for entry in entries if entry.is_dir()]
+    """Whether there are images among a folder's first files, apart from those of a named data set."""
+    with contextlib.suppress(UserError, OSError):
+        files = (file for file in islice(files_in(root), 10_000) if "caltech101" not in Path(file).parts)
+        return any(suffix_of(file) in suffixes() for file in files)
     return False
 
 

@@ -1,4 +1,4 @@
-"""The loss of training."""
+"""The loss of training, and its accuracy."""
 
 import torch
 import torch.nn.functional as F
@@ -17,3 +17,8 @@ def loss_of(
 def balanced_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Weights (num_classes,) by which each class counts alike in a sum over all labels (n,); their mean is 1."""
     return len(labels) / num_classes / labels.bincount(minlength=num_classes).clamp(min=1)
+
+
+def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The share of images that are right, of labels (b,), or of targets (b, classes) by the class that counts most."""
+    return (logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))).float().mean()

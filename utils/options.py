@@ -73,10 +73,10 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--eval_batch_size", type=cli.positive_int, default=256, help="images per forward pass in evaluation, per process")
 
     g = p.add_argument_group("augmentation")
-    g.add_argument("--aug", choices=AUGS, default="crop", help="none; flip; pad: 4 pixels, crop back, flip; crop: random resized crop; weak: crop of the whole area at another ratio, flip; strong: crop, flip, RandAugment; dems: crop, flip, colour jitter, grayscale, solarise, rarer towards the end; keras: crop, flip, rotation by up to 7.2 degrees")
+    g.add_argument("--aug", choices=AUGS, default="crop", help="none; flip; pad: 4 pixels, crop back, flip; crop: random resized crop; mild: crop of most of the area, flip; weak: crop of the whole area at another ratio, flip; strong: crop, flip, RandAugment; dems: crop, flip, colour jitter, grayscale, solarise, rarer towards the end; keras: crop, flip, rotation by up to 7.2 degrees")
     g.add_argument("--aa", dest="aug", type=cli.choice(AUGS, foreign.AUGS), default=HIDDEN, help=HIDDEN)  # timm's names
-    g.add_argument("--scale", type=cli.bounded(float, 0, 1, open_low=True), nargs=2, default=None, metavar=("LO", "HI"), help="area of the random resized crop, of the image [0.05 1 for crop, 1 1 for weak, 0.8 1 for strong and keras, 0.2 1 for dems]")
-    g.add_argument("--interpolation", choices=["bilinear", "bicubic"], default=None, help="[bicubic for weak, strong and dems, else bilinear]")
+    g.add_argument("--scale", type=cli.bounded(float, 0, 1, open_low=True), nargs=2, default=None, metavar=("LO", "HI"), help="area of the random resized crop, of the image [0.05 1 for crop, 0.6 1 for mild, 1 1 for weak, 0.8 1 for strong and keras, 0.2 1 for dems]")
+    g.add_argument("--interpolation", choices=["bilinear", "bicubic"], default=None, help="[bicubic for mild, weak, strong and dems, else bilinear]")
     g.add_argument("--aug_prob", type=cli.fraction, default=None, help="of dems' jitter, grayscale and solarise, each, in the first epoch; falls to 0 as half a cosine [0.6 for dems]")
     g.add_argument("--reprob", type=cli.fraction, default=0.0, help="probability of random erasing with noise, per image")
     g.add_argument("--mixup", type=cli.non_negative, default=0.0, metavar="ALPHA", help="Beta parameter of mixup; 0 turns it off")

@@ -30,6 +30,7 @@ AUGS = {
     "flip": dict(flip=True, interpolation="bilinear"),
     "pad": dict(pad=4, flip=True, interpolation="bilinear"),
     "crop": dict(scale=(0.05, 1.0), interpolation="bilinear"),
+    "mild": dict(scale=(0.6, 1.0), flip=True, interpolation="bicubic"),
     "weak": dict(scale=(1.0, 1.0), flip=True, interpolation="bicubic"),
     "strong": dict(scale=(0.8, 1.0), flip=True, operations="randaugment", interpolation="bicubic"),
     "dems": dict(scale=(0.2, 1.0), flip=True, operations="jitter", aug_prob=0.6, interpolation="bicubic"),
