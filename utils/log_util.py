@@ -60,7 +60,8 @@ class RunLog:
             losses["Accuracy of the raw weights"] = result["raw_accuracy"]
         lines = [f"Global Steps: {step}", *(f"{name}: {value:.5f}" for name, value in losses.items())]
         self.info("Validation Results", *lines, screen=" | ".join(lines))
-        self.scalars(step, {f"{split}/accuracy": result["accuracy"], f"{split}/loss": result["loss"]})
+        shown = {"accuracy": result["accuracy"], "best_accuracy": best, "loss": result["loss"]}
+        self.scalars(step, {f"{split}/{name}": value for name, value in shown.items()})
         scores = {name: value for name, value in result.items() if name != "confusion"}
         self.record(event="eval", step=step, epoch=epoch, split=split, **scores, best=best, **facts)
 
@@ -80,16 +81,22 @@ class RunLog:
             grid = make_grid(denormalize(images[:32], mean, std), nrow=8, pad_value=1.0)
             self.on_board("add_image", name, grid, step)
 
-    def hparams(self, step: int, settings: dict, results: dict[str, float]) -> None:
-        """Settings and results of a finished run, by which TensorBoard's HPARAMS tab compares runs.
+    def hparams(self, step: int, settings: dict) -> None:
+        """Settings of a finished run, by which TensorBoard's HPARAMS tab compares runs, those that differ first.
 
-        A setting that is None or a list has no place there; without weights to start from, `pretrained_dir` is ''.
+        A setting that is None or a list has no place there; without weights to start from, `pretrained_dir` is ''. The
+        results are the scalars. (`SummaryWriter.add_hparams` would add some of its own, which would come before the
+        curves, and list all settings alike.)
         """
-        shown = {name: str(value) if isinstance(value, bool) else value for name, value in settings.items()}
-        shown = {name: value for name, value in shown.items() if isinstance(value, (int, float, str))}
-        metrics = {f"hparam/{name}": value for name, value in results.items()}
-        words = dict(run_name=".", global_step=step)  # "." keeps them in the run's own folder
-        self.on_board("add_hparams", {"pretrained_dir": "", **shown}, metrics, **words)
+        if self.board:
+            from torch.utils.tensorboard.summary import hparams
+
+            shown = {name: str(value) if isinstance(value, bool) else value for name, value in settings.items()}
+            shown = {name: value for name, value in shown.items() if isinstance(value, (int, float, str))}
+            _, start, end = hparams({"pretrained_dir": "", **shown}, {})
+            with writing(self.board_dir):
+                for summary in (start, end):
+                    self.board.file_writer.add_summary(summary, step)
 
     def position(self) -> dict[str, int]:
         """Sizes of the files in bytes, for `rewind`; what they hold by now outlasts a power cut."""
