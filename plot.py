@@ -6,7 +6,7 @@
     python plot.py RescaleViT/output --out pictures   # logs of ChaofanTao/RescaleViT, as they are
 
 Prints a table a data set, and writes results.md, results.csv, comparison_DATASET.png and RUN_curves.png. Accuracy is
-that of the best checkpoint, mean and sample standard deviation over seeds; unfinished runs show their last step and
+that of the best checkpoint, mean and sample standard deviation over seeds; unfinished runs show their best so far and
 are in no mean. Files that are not of a run are named and left out.
 """
 
