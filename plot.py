@@ -28,15 +28,7 @@ from utils.results import Row, Run
 from utils.vis_utils import legend_below, legible, new_figure
 
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-COLOURS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#ccbb44",
-    "#000000",
-    "#66ccee",
-    "#aa3377",
-)  # Paul Tol's, one unlike the next
+COLOURS = "#4477aa #ee6677 #228833 #ccbb44 #000000 #66ccee #aa3377".split()  # Paul Tol's; none like the one before
 FEW = 20  # evaluations that are points, too
 
 
