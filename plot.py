@@ -6,7 +6,7 @@
     python plot.py RescaleViT/output --out pictures   # logs of ChaofanTao/RescaleViT, as they are
 
 Prints a table a data set, and writes results.md, results.csv, comparison_DATASET.png and RUN_curves.png. Accuracy is
-that of the best checkpoint, mean and sample standard deviation over seeds; unfinished runs show their last step and
+that of the best checkpoint, mean and sample standard deviation over seeds; unfinished runs show their best so far and
 are in no mean. Files that are not of a run are named and left out.
 """
 
@@ -28,15 +28,7 @@ from utils.results import Row, Run
 from utils.vis_utils import legend_below, legible, new_figure
 
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-COLOURS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#ccbb44",
-    "#000000",
-    "#66ccee",
-    "#aa3377",
-)  # Paul Tol's, one unlike the next
+COLOURS = "#4477aa #ee6677 #228833 #ccbb44 #000000 #66ccee #aa3377".split()  # Paul Tol's; none like the one before
 FEW = 20  # evaluations that are points, too
 
 

@@ -353,8 +353,8 @@ class Trainer:
         path = shlex.quote(str(self.files.best))
         self.log.info(f"Best checkpoint: {path}, of step {progress.best['step']}; python eval.py {path}")
         self.log.info("End Training!", f"last {minutes:.1f} min")
-        metrics = dict(best_accuracy=best, last_accuracy=progress.last, minutes=minutes)
-        self.log.hparams(progress.step, settings(self.args), metrics)
+        self.log.scalars(progress.step, {"train/minutes": minutes})
+        self.log.hparams(progress.step, settings(self.args))
         self.log.record(event="end", step=progress.step, selected_on=split, **end, seconds=self.elapsed())
         self.log.close()
 

@@ -102,6 +102,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         for state in (ours, theirs):
             for apart in ("args", "seconds", "log", "config", "classes", "precision", "selected_on", "kept"):
                 state.pop(apart, None)
+        assert ours.pop("kept", None) == theirs.pop("kept", None)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert hidden(folder / "output") == [LOCK]
 

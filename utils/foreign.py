@@ -34,58 +34,43 @@ PRETRAINED_VIT = re.compile(r"([BL]_(?:16|32))(_imagenet1k)?")
 DATASETS = {"IN1K": "imagefolder", "IN100": "imagefolder", "Folder": "imagefolder"}
 AUGS = {"rand-m9-mstd0.5-inc1": "strong", "": "weak", "none": "weak"}  # --aa
 
-NOT_NEEDED, TORCHRUN = "done without a flag", "torchrun says it"
 # Not the same: the words to type instead, with the value in {}, and why. What needs no flag has no words.
-ANSWERS = {
-    **dict.fromkeys(("--num_classes", "--nb_classes", "--n_classes"), ("", "comes from the data")),
-    **dict.fromkeys(("--amp", "--use_amp", "--mixed_precision"), ("--bf16", "")),
-    **dict.fromkeys(("--sched", "--scheduler", "--lr_scheduler"), ("--decay_type {}", "")),
-    **dict.fromkeys(("--resume", "--auto_resume", "--start_epoch"), ("", "the same command again goes on by itself")),
-    **dict.fromkeys(("--model_ema_decay", "--ema"), ("--ema_decay {}", "")),
-    **dict.fromkeys(("--pin_mem", "--no_pin_mem", "--pin_memory", "--use_cuda", "--cuda", "--vit"), ("", NOT_NEEDED)),
-    **dict.fromkeys(("--dist_url", "--dist_backend", "--init_method", "--world_size", "--rank"), ("", TORCHRUN)),
-    **dict.fromkeys(("--distributed", "--multiprocessing_distributed"), ("", TORCHRUN)),
-    **dict.fromkeys(("--no_cuda", "--cpu"), ("--device cpu", "")),
-    **dict.fromkeys(("--remode", "--recount", "--resplit", "--mixup_mode"), ("", "as there by default")),
-    **dict.fromkeys(("--log_wandb", "--wandb", "--tensorboard"), ("", "TensorBoard's files are in logs/")),
-    **dict.fromkeys(("--train_path", "--val_path"), ("--dataset imagefolder --data_dir FOLDER", "no FFCV files here")),
-    **dict.fromkeys(("--eval", "--evaluate", "-e"), ("-v true", "scores; python plot.py draws curves")),
-    **dict.fromkeys(("--ThreeAugment", "--three_augment", "--src", "--color_jitter"), ("--aug dems", "the nearest")),
-    **dict.fromkeys(("--aug_splits", "--split_bn", "--jsd", "--dist_bn"), ("", "not here")),
-    "--model_ema": ("--ema_decay 0.999", ""),
-    "--momentum": ("", "is 0.9 with --opt sgd"),
-    "--accelerator": ("--device {}", ""),
-    "--accum_iter": ("--gradient_accumulation_steps {}", "and --train_batch_size is the whole batch"),
-    "--global_pool": ("", "the class token is read out here"),
-    "--prefix": ("", "prefixes of wrapped models are dropped by themselves"),
-    "--pretrained": ("--pretrained_dir checkpoint/ViT-B_16.npz", "weights are a file here"),
-    "--pretrained_path": ("--pretrained_dir {}", ""),
-    "--cfgs": ("", "settings in files are @recipes/NAME.args here"),
-    "--patience": ("", "the best checkpoint is kept in any case"),
-    "--hflip": ("--aug flip", ""),
-    "--jobs": ("--num_workers {}", ""),
-}
-KEYS = (
-    "model",
-    "state_dict",
-    "model_ema",
-    "state_dict_ema",
-    "teacher",
-)  # where weights are looked for, see docs/weights.md
+ROWS = [
+    ("--num_classes --nb_classes --n_classes", "", "comes from the data"),
+    ("--amp --use_amp --mixed_precision", "--bf16", ""),
+    ("--sched --scheduler --lr_scheduler", "--decay_type {}", ""),
+    ("--resume --auto_resume --start_epoch", "", "the same command again goes on by itself"),
+    ("--model_ema_decay --ema", "--ema_decay {}", ""),
+    ("--model_ema", "--ema_decay 0.999", ""),
+    ("--momentum", "", "is 0.9 with --opt sgd"),
+    ("--accum_iter", "--gradient_accumulation_steps {}", "and --train_batch_size is the whole batch"),
+    ("--pin_mem --no_pin_mem --pin_memory --use_cuda --cuda --vit", "", "done without a flag"),
+    ("--dist_url --dist_backend --init_method --world_size --rank", "", "torchrun says it"),
+    ("--no_cuda --cpu", "--device cpu", ""),
+    ("--remode --recount --resplit --mixup_mode", "", "as there by default"),
+    ("--log_wandb --wandb --tensorboard", "", "TensorBoard's files are in logs/"),
+    ("--train_path --val_path", "--dataset imagefolder --data_dir FOLDER", "no FFCV files here"),
+    ("--eval --evaluate -e", "-v true", "scores; python plot.py draws curves"),
+    ("--ThreeAugment --three_augment --src --color_jitter", "--aug dems", "the nearest"),
+    ("--global_pool", "", "the class token is read out here"),
+    ("--prefix", "", "prefixes of wrapped models are dropped by themselves"),
+    ("--pretrained", "--pretrained_dir checkpoint/ViT-B_16.npz", "weights are a file here"),
+    ("--cfgs", "", "settings in files are @recipes/NAME.args here"),
+    ("build_model.drop_path_rate", "--drop_path {}", ""),  # of --gin
+    ("build_model.attn_drop", "", "changed nothing there"),
+    ("build_model.img_size", "--img_size {}", ""),
+    ("build_model.patch_size", "--patch_size {}", ""),
+    ("build_model.model_name", "--model_type {}", ""),
+    ("build_model.num_classes", "", "comes from the data"),
+    ("build_model.global_pool", "", "the class token is read out here"),
+    ("build_transform.scale", "--scale {}", ""),
+    ("build_transform.mean", "--mean {}", ""),
+    ("build_transform.std", "--std {}", ""),
+]
+ANSWERS = {flag: (use, why) for flags, use, why in ROWS for flag in flags.split()}
+KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "teacher")  # where weights are looked for by themselves
 PROCESSES = ("--gpus", "--ngpus", "--num_gpus", "--devices", "--nproc_per_node")
 OF_MODELS = ("--model_type", "--pretrained_dir", "--img_size", "--patch_size", "--mean", "--std")  # for eval.py to tell
-GIN = {
-    "build_model.drop_path_rate": ("--drop_path {}", ""),
-    "build_model.attn_drop": ("", "changed nothing there"),
-    "build_model.img_size": ("--img_size {}", ""),
-    "build_model.patch_size": ("--patch_size {}", ""),
-    "build_model.model_name": ("--model_type {}", ""),
-    "build_model.num_classes": ANSWERS["--num_classes"],
-    "build_model.global_pool": ANSWERS["--global_pool"],
-    "build_transform.scale": ("--scale {}", ""),
-    "build_transform.mean": ("--mean {}", ""),
-    "build_transform.std": ("--std {}", ""),
-}  # fmt: skip
 
 
 def spelled(flag: str) -> str:
@@ -162,7 +147,7 @@ def answers(words: list[str], flags: Container[str]) -> tuple[list[str], list[st
         elif flag == "--gin":
             settings = [each.partition("=")[::2] for each in values]
             found = [
-                (f"--gin {key}={value}", " ".join(re.findall(r"[\w.+-]+", value)), GIN.get(key, ("", "not here")))
+                (f"--gin {key}={value}", " ".join(re.findall(r"[\w.+-]+", value)), ANSWERS.get(key, ("", "not here")))
                 for key, value in settings
             ]
         elif flag == "--checkpoint_key" and value not in KEYS:

@@ -63,8 +63,9 @@ class RunLog:
             losses[f"Accuracy of the {kind} weights{kept}"] = result[f"{kind}_accuracy"]
         lines = [f"Global Steps: {step}", *(f"{name}: {value:.5f}" for name, value in losses.items())]
         self.info("Validation Results", *lines, screen=" | ".join(lines))
-        scalars = {f"{split}/accuracy": result["accuracy"], f"{split}/loss": result["loss"]}
-        self.scalars(step, scalars | {"train/accuracy": facts["train_accuracy"]})
+        shown = {"accuracy": result["accuracy"], "best_accuracy": best, "loss": result["loss"]}
+        shown = {f"{split}/{name}": value for name, value in shown.items()}
+        self.scalars(step, shown | {"train/accuracy": facts["train_accuracy"]})
         scores = {name: value for name, value in result.items() if name != "confusion"}
         self.record(event="eval", step=step, epoch=epoch, split=split, **scores, best=best, **facts)
 
@@ -84,16 +85,22 @@ class RunLog:
             grid = make_grid(denormalize(images[:32], mean, std), nrow=8, pad_value=1.0)
             self.on_board("add_image", name, grid, step)
 
-    def hparams(self, step: int, settings: dict, results: dict[str, float]) -> None:
-        """Settings and results of a finished run, by which TensorBoard's HPARAMS tab compares runs.
+    def hparams(self, step: int, settings: dict) -> None:
+        """Settings of a finished run, by which TensorBoard's HPARAMS tab compares runs, those that differ first.
 
-        A setting that is None or a list has no place there; without weights to start from, `pretrained_dir` is ''.
+        A setting that is None or a list has no place there; without weights to start from, `pretrained_dir` is ''. The
+        results are the scalars. (`SummaryWriter.add_hparams` would add some of its own, which would come before the
+        curves, and list all settings alike.)
         """
-        shown = {name: str(value) if isinstance(value, bool) else value for name, value in settings.items()}
-        shown = {name: value for name, value in shown.items() if isinstance(value, (int, float, str))}
-        metrics = {f"hparam/{name}": value for name, value in results.items()}
-        words = dict(run_name=".", global_step=step)  # "." keeps them in the run's own folder
-        self.on_board("add_hparams", {"pretrained_dir": "", **shown}, metrics, **words)
+        if self.board:
+            from torch.utils.tensorboard.summary import hparams
+
+            shown = {name: str(value) if isinstance(value, bool) else value for name, value in settings.items()}
+            shown = {name: value for name, value in shown.items() if isinstance(value, (int, float, str))}
+            _, start, end = hparams({"pretrained_dir": "", **shown}, {})
+            with writing(self.board_dir):
+                for summary in (start, end):
+                    self.board.file_writer.add_summary(summary, step)
 
     def position(self) -> dict[str, int]:
         """Sizes of the files in bytes, for `rewind`; what they hold by now outlasts a power cut."""

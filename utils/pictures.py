@@ -91,7 +91,7 @@ def _shown_images(run, files: list[str] | None) -> tuple[torch.Tensor, list[str]
 
 
 def _to_tensorboard(run, paths: dict[str, str]) -> None:
-    """Show the pictures under the tags pictures/KIND."""
+    """Show the pictures under the tags visual/KIND, which come after the curves, test/ and train/."""
     folder = Path(run.args.log_dir) / run_id(run.args)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return
@@ -101,7 +101,7 @@ def _to_tensorboard(run, paths: dict[str, str]) -> None:
     with SummaryWriter(str(folder)) as board:
         for kind, path in paths.items():
             with Image.open(path) as image:
-                board.add_image(f"pictures/{kind}", np.asarray(image.convert("RGB")), run.step, dataformats="HWC")
+                board.add_image(f"visual/{kind}", np.asarray(image.convert("RGB")), run.step, dataformats="HWC")
 
 
 def first_of_each(labels: torch.Tensor, limit: int = MAX_IMAGES) -> torch.Tensor:

@@ -19,8 +19,6 @@ from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_t
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
 NORMS = ("LN", "BN", "GN", "Rescale")  # columns of every table
 SIZES = {"patch_size": "patch", "dim": "dim", "depth": "depth", "heads": "heads", "mlp_dim": "mlp", "stem": "stem"}
-COLUMNS = ("dataset", "emnist_split", "model_type", "norm_type", "img_size", "pretrained_dir", "load_model_dir", *SIZES)
-STEPS = ("num_steps", "epochs", "warmup_steps", "warmup_epochs")  # follow from one another, shown as steps
 
 # The inverse of `run_files.run_id`, for logs whose names alone say it.
 RUN_ID = re.compile(
@@ -220,7 +218,6 @@ class Row:
     runs: list[Run]
     sizes: str = ""  # other than the model type's
     apart: str = ""  # what tells the rows of the table from one another
-    legend_sizes: bool = False  # whether the sizes do
 
     @property
     def run(self) -> Run:
@@ -234,8 +231,7 @@ class Row:
     def legend(self) -> str:
         n = f", n={len(self.runs)}" if len(self.runs) > 1 else ""
         state = "" if self.run.finished else f", seed {self.run.seed}: {self.run.progress}"
-        model = f"{self.run.model}{'*' * self.run.pretrained}{self.sizes * self.legend_sizes}"
-        return f"{model}{self.apart and f' ({self.apart})'} {self.run.norm}{n}{state}"
+        return f"{self.label} {self.run.norm}{n}{state}"
 
 
 def mean_and_spread(values: Iterable[float | None]) -> tuple[float | None, float | None]:
@@ -254,30 +250,23 @@ def _tell_apart(rows: list[Row], models: dict[str, dict]) -> None:
         differing = {name: own.get(key) for key, name in SIZES.items() if own.get(key) not in (None, usual.get(key))}
         row.sizes = "".join(f", {name} {value}" for name, value in differing.items())
 
-    def alike(row: Row) -> tuple:
-        return row.run.model, row.sizes, row.run.norm, row.run.pretrained, row.run.image_size, row.apart
-
-    def same() -> list[list[Row]]:
+    def alike() -> list[list[Row]]:
         groups: dict[tuple, list[Row]] = {}
         for row in rows:
-            groups.setdefault(alike(row), []).append(row)
+            groups.setdefault((*row.run.kind, row.sizes, row.apart), []).append(row)
         return [group for group in groups.values() if len({row.run.series for row in group}) > 1]
 
     def show(what: Callable[[Run], str]) -> None:
         for row in rows:
             row.apart = ", ".join(filter(None, [row.apart, what(row.run)]))
 
-    for row in rows:
-        row.legend_sizes = len({each.sizes for each in rows}) > 1
-    if any(len({row.run.name for row in group}) > 1 for group in same()):
+    if any(len({row.run.name for row in group}) > 1 for group in alike()):
         show(lambda run: run.name)
     if len({row.run.num_steps for row in rows}) > 1:
         show(lambda run: f"{run.num_steps} steps")
-    hidden, keys = {*APART, *COLUMNS, *STEPS}, []
-    for group in same():
-        first, *others = (row.run.settings for row in group)
-        keys += [key for key in first if any(other.get(key) != first[key] for other in others)]
-    shown = [key for key in dict.fromkeys(keys) if key not in hidden][:3]
+    groups = [[row.run.settings for row in group] for group in alike()]
+    differing = {key: None for first, *others in groups for key in first for o in others if o.get(key) != first[key]}
+    shown = [key for key in differing if key not in APART][:3]
     show(lambda run: ", ".join(f"{key} {run.settings.get(key)}" for key in shown))
 
 
@@ -326,12 +315,8 @@ def markdown(dataset: str, chosen_on: str, rows: list[Row]) -> str:
     notes += ["± sample standard deviation over n seeds"] if any(len(row.runs) > 1 for row in rows) else []
     if on_test:
         notes.append("best on test: the evaluation that scored highest on the test images, so a little optimistic")
-    return (
-        f"### {dataset}{'' if on_test else ', best on val'}\n\n"
-        + "\n".join(text)
-        + f"\n\n{'; '.join(notes)}".rstrip()
-        + "\n"
-    )
+    head = dataset if on_test else f"{dataset}, best on val"
+    return f"### {head}\n\n" + "\n".join(text) + f"\n\n{'; '.join(notes)}".rstrip() + "\n"
 
 
 def csv_text(found: dict[tuple[str, str], list[Row]]) -> str:
