@@ -508,7 +508,7 @@ def test_flags_of_mixing():
     "words, message",
     [
         ("--aug weak --aug_prob 0.5", "--aug_prob has no meaning with --aug weak; --aug dems would take it"),
-        ("--aug pad --scale 0.5 1", "--scale has no meaning with --aug pad; --aug crop, weak, strong, dems"),
+        ("--aug pad --scale 0.5 1", "--scale has no meaning with --aug pad; --aug crop, mild, weak, strong, dems"),
         ("--mixup 0.8 --batch_size 12 --gradient_accumulation_steps 4", "not 12 / 4 = 3"),
         ("--ra 9 --batch_size 8", "--ra 9 is more than --train_batch_size 8"),
         ("--reprob 1.5", "1.5 is above 1"),
