@@ -461,15 +461,10 @@ def load_data(
     limit = memory_limit_of(torch.device("cpu")) if memory_limit is None else memory_limit
     sets, broken = {}, {}
     for name, (images, labels) in splits.items():
-        if isinstance(images, (torch.Tensor, np.ndarray)):
-            sets[name] = ImageSet(Uniform(torch.as_tensor(images)), torch.arange(len(labels)), labels)
-            continue
         places = [_cache_path(folder, root, words.get("folder", ""), name) for folder in cache_dirs]
-        source, wrong, note = load_files(images, root, places, int(limit * 2**30), short_side)
-        notes.append(f"Images, {name}: {note}")
-        broken |= {images[i]: reason for i, reason in wrong.items()}
-        ids = torch.tensor([i for i in range(len(images)) if i not in wrong], dtype=torch.int64)
-        sets[name] = ImageSet(source, ids, labels[ids], list(images))
+        sets[name], wrong, lines = _image_set(images, labels, root, places, int(limit * 2**30), short_side)
+        notes += [f"Images, {name}: {line}" for line in lines]
+        broken |= wrong
     notes += refuse_broken(broken, skip_broken)
     training, valid, test = (sets.get(name) for name in ("train", "val", "test"))
     if test_fraction and training is not None and test is None:
@@ -485,6 +480,20 @@ def load_data(
     notes.insert(0, describe_classes(parts, found))
     files = {name: part.fingerprint(root, found) for name, part in parts.items()}
     return Data(training if train else None, valid or test, test, found, "val" if valid else "test", notes, files)
+
+
+def _image_set(
+    images: torch.Tensor | np.ndarray | list[str], labels: torch.Tensor, root: Path, *how
+) -> tuple[ImageSet, dict[str, str], list[str]]:
+    """A split; why those of its files that can't be read, which are left out, can't; and lines for the log.
+
+    `how` are the other arguments of `load_files`.
+    """
+    if isinstance(images, (torch.Tensor, np.ndarray)):
+        return ImageSet(Uniform(torch.as_tensor(images)), torch.arange(len(labels)), labels), {}, []
+    source, broken, line = load_files(images, root, *how)
+    ids = torch.tensor([i for i in range(len(images)) if i not in broken], dtype=torch.int64)
+    return ImageSet(source, ids, labels[ids], list(images)), {images[i]: why for i, why in broken.items()}, [line]
 
 
 def data_words(args: Namespace) -> dict:
