@@ -80,7 +80,9 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
     assert [path.name for path in checkpoint.parent.glob("*_errors.png")]
     done = in_process("eval.py", checkpoint, "--plot", "attention")
     assert done.returncode == 2 and "Perceptron has no token_layout(), so only errors can be drawn" in done.stderr
-    assert f"| Perceptron-S | +  |    |    |         | 8x8        | {shown} " in run("plot.py", whole / "output")
+    assert f"| Perceptron-S | +  |    |    |         | 8x8        | 3,258      | {shown} " in run(
+        "plot.py", whole / "output"
+    )
 
 
 def test_own_model_edits_no_file_of_the_kit(tmp_path):
