@@ -41,7 +41,9 @@ def draw_run(run: Run, logs: Path | None):
     left = figure.add_subplot(1, 1 + history, 1)
     right = left.twinx()
     style = dict(marker="o" if len(run.steps) <= FEW else None, markersize=3)  # a few are points, many a line
-    losses = left.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style)
+    losses = left.plot(
+        run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style | dict(markersize=6)
+    )
     scores = [100 * value for value in run.accuracy]
     scores = right.plot(run.steps, scores, color="tab:blue", label=f"{run.chosen_on} accuracy", **style)
     left.set(xlabel="step", title="Evaluation")

@@ -291,6 +291,10 @@ def tables(runs: list[Run], models: dict[str, dict]) -> dict[tuple[str, str], li
     return dict(sorted(found.items()))
 
 
+def _parameters(count: int | None) -> str:
+    return "" if count is None else f"{count:,}" if count < 100_000 else f"{count / 1e6:.3g}M"
+
+
 def markdown(dataset: str, chosen_on: str, rows: list[Row]) -> str:
     """One data set's table: model, norm, resolution, accuracy and time, in the form of RescaleViT's README."""
     on_test, norms = chosen_on == "test", list(dict.fromkeys((*NORMS, *(row.run.norm for row in rows))))
@@ -304,7 +308,7 @@ def markdown(dataset: str, chosen_on: str, rows: list[Row]) -> str:
             row.label,
             *("+" if norm == run.norm else "" for norm in norms),
             f"{run.image_size}x{run.image_size}",
-            f"{run.parameters / 1e6:.3g}M" if run.parameters else "",
+            _parameters(run.parameters),
             accuracy if spread is None else f"{accuracy} ± {100 * spread:.2f} (n={len(row.runs)})",
             f"{minutes:.1f}" if run.finished and minutes is not None else "",
         ])  # fmt: skip
