@@ -490,7 +490,7 @@ def test_files_that_are_no_runs_are_named_and_left_out(good, bad, tmp_path):
     for kind, path in kinds.items():
         shutil.copy(path, tmp_path / path.name.replace("run_", f"{kind}_"))
     done = in_process("plot.py", tmp_path)
-    assert done.returncode == 0 and "| ViT-Ti_16" in done.stdout
+    assert done.returncode == 0 and "| ViT-Ti_16, patch 7, dim 32, depth 2, heads 2, mlp 64 " in done.stdout
     for kind, line in zip(kinds, done.stderr.splitlines(), strict=True):
         assert line.startswith(f"plot.py: left out: {tmp_path}/{kind}_ViT-Ti_16"), line
 
