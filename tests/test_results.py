@@ -25,7 +25,9 @@ def test_every_row_is_a_finished_run_of_its_command(monkeypatch, group, row, see
     known = {name: value for name, value in settings(args).items() if value is not None}
     apart = {"data_dir", "epochs"}  # where the data lay; filled in when it is loaded
     recorded = json.loads(json.dumps(known))
-    assert {name for name in recorded if name not in apart and start["settings"].get(name) != recorded[name]} == set()
+    assert {
+        name for name in recorded if name not in apart and start["settings"].get(name, False) != recorded[name]
+    } == set()
     assert start["images"][2] == 10000
 
 
