@@ -41,26 +41,30 @@ def draw_run(run: Run, logs: Path | None):
     left = figure.add_subplot(1, 1 + history, 1)
     right = left.twinx()
     style = dict(marker="o" if len(run.steps) <= FEW else None, markersize=3)  # a few are points, many a line
-    losses = left.plot(
-        run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style | dict(markersize=6)
-    )
+    words = style | dict(markersize=6)
+    lines = left.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **words)
     scores = [100 * value for value in run.accuracy]
-    scores = right.plot(run.steps, scores, color="tab:blue", label=f"{run.chosen_on} accuracy", **style)
+    lines += right.plot(run.steps, scores, color="tab:blue", label=f"{run.chosen_on} accuracy", **style)
+    harder = dict(augmented=run.settings.get("aug", "none") != "none", smoothed=run.settings.get("smoothing"))
+    harder |= dict(mixed=run.settings.get("mixup") or run.settings.get("cutmix"))
+    how = ", ".join(word for word, so in harder.items() if so)
+    how = f" ({how})" if how else ""
+    # training is scored over the steps since the evaluation before, so in their middle
+    middles = [(start + end) / 2 for start, end in zip([0, *run.steps], run.steps, strict=False)]
+    if len(run.train_accuracy) == len(run.steps):
+        scores = [100 * value for value in run.train_accuracy]
+        words = style | dict(color="tab:blue", alpha=0.5, linestyle="--")
+        lines += right.plot(middles, scores, label="training accuracy", **words)
     left.set(xlabel="step", title="Evaluation")
     left.set_ylabel("loss", color="tab:green")
     right.set_ylabel("accuracy, %", color="tab:blue")
     left.grid(alpha=0.3)
-    left.legend(handles=losses + scores, loc="center right")
+    left.legend(handles=lines, loc="center right")
     if history:
         axes = figure.add_subplot(1, 2, 2)
-        harder = dict(augmented=run.settings.get("aug", "none") != "none", smoothed=run.settings.get("smoothing"))
-        harder |= dict(mixed=run.settings.get("mixup") or run.settings.get("cutmix"))
-        how = ", ".join(word for word, so in harder.items() if so)
-        how = f" ({how})" if how else ""
         if steps:
             axes.plot(steps, train, color="tab:orange", alpha=0.4, linewidth=0.8, label=f"training loss{how}, one step")
-        if len(run.train_loss) == len(run.steps):  # of the steps since the evaluation before, so in their middle
-            middles = [(start + end) / 2 for start, end in zip([0, *run.steps], run.steps, strict=False)]
+        if len(run.train_loss) == len(run.steps):
             axes.plot(middles, run.train_loss, color="tab:red", label=f"training loss{how}, mean", **style)
         axes.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style)
         axes.set(xlabel="step", ylabel="loss", title="Training history")

@@ -135,19 +135,28 @@ def test_a_signal_acts_within_seconds_while_data_stalls(start, photos, signum, w
     assert (photos.parent / "output" / f"{ID}_last.bin").exists()
 
 
-def test_a_file_that_vanishes_in_mid_run(start, photos):
+@pytest.mark.parametrize(
+    "broken, reason, refusal",
+    [
+        (False, "No such file or directory", "dog 8 -> 7 images"),
+        (True, "cannot identify image file", "not a readable image"),
+    ],
+)
+def test_a_file_that_vanishes_or_breaks_in_mid_run(broken, reason, refusal, start, photos):
     process = start(*streamed(photos))
     wait_for_steps(process, photos, 1)
     gone = photos / "dog" / "003.png"
     gone.rename(photos.parent / "kept.png")
+    if broken:
+        gone.write_bytes(b"no image")
     process.join(60)
     error = process.error.read_text()
     assert process.exitcode == 2 and error.count("\n") == 1, error
-    assert f"{gone}: not a readable image (No such file or directory); bring it back" in error
+    assert f"{gone}: not a readable image ({reason}" in error
     steps = (photos.parent / "output" / f"{ID}.txt").read_text().count("Global Steps")
     refused = in_process("train.py", *streamed(photos))
-    assert refused.returncode == 2 and "dog 8 -> 7 images" in refused.stderr, refused.stderr
-    assert "bring them back, or start anew" in refused.stderr
+    assert refused.returncode == 2 and refusal in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    assert broken or "bring them back, or start anew" in refused.stderr
     (photos.parent / "kept.png").rename(gone)
     again = start(*streamed(photos))
     wait_for_steps(again, photos, steps + 1)
@@ -213,4 +222,6 @@ def test_other_accumulation_goes_on_unless_norms_count_passes(photos, norm, goes
     assert in_process("train.py", *run).returncode == 0
     done = in_process("train.py", *run, "--gradient_accumulation_steps", "2")
     assert ("is finished" in done.stdout) == goes_on, done.stderr
+    more = in_process("train.py", *run, "--num_steps", "4", "--extend", "--gradient_accumulation_steps", "2")
+    assert ("Resuming" in more.stdout and "End Training!" in more.stdout) == goes_on, more.stderr
     assert goes_on or "gradient_accumulation_steps 1 -> 2" in done.stderr

@@ -34,7 +34,7 @@ FACT = re.compile(
 
 @dataclass
 class Run:
-    """One run, as its files tell it. Accuracies are shares, 0..1; the four lists have an entry an evaluation."""
+    """One run, as its files tell it. Accuracies are shares, 0..1; the lists have an entry an evaluation."""
 
     id: str
     name: str
@@ -50,7 +50,8 @@ class Run:
     steps: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)  # empty where it was not recorded
+    train_loss: list[float] = field(default_factory=list)  # these two are empty where they were not recorded
+    train_accuracy: list[float] = field(default_factory=list)
     finished: bool = False
     best: float | None = None  # on the test images, of the best checkpoint; None while the run is not finished
     last: float | None = None  # on the test images, after the last step
@@ -105,6 +106,7 @@ def _read_json(path: Path) -> Run:
                 run.steps.append(int(record["step"]))
                 for name in ("loss", "accuracy", "train_loss"):
                     getattr(run, name).append(float(record[name]))
+                run.train_accuracy += [float(record["train_accuracy"])] if "train_accuracy" in record else []
             elif record["event"] == "end":
                 run.finished = True
                 run.best = float(record.get("test_accuracy", record["best_accuracy"]))
