@@ -190,6 +190,7 @@ def assert_goes_on(folder: Path, whole: Path, capsys) -> None:
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_the_uninterrupted_one(start, whole, tmp_path, capsys):
     kill_at_random(start, tmp_path, kills=8, longest=0.3)
     assert_goes_on(tmp_path, whole, capsys)

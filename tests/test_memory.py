@@ -42,6 +42,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_a_hundred_evaluations_grow_by_less_than_5_mb(tmp_path):
     """With averages, batch statistics and held-out images, all that a run keeps; on few images, to be quick."""

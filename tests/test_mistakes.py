@@ -666,6 +666,7 @@ def test_sweeps(tmp_path, shell, env, expected):
     assert done.stdout == "" and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_hostile_names_run_nothing(tmp_path):
     """A name that a shell would run is only a name, from the sweep to the files and the pictures."""
     name = "a b'\"$(touch ran);`touch ran`*${HOME}$x^2$ $}$é-"

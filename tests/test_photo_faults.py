@@ -55,7 +55,8 @@ def test_read_only_data(photos):
 
 
 @needs_mounts
-@pytest.mark.parametrize("size, batch, workers", [(1, 64, 2), pytest.param(64, 512, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size, batch, workers", [(1, 64, 2), (64, 512, 2)])
 def test_small_shared_memory(photos, size, batch, workers):
     more = ["--memory_limit", 0, "--num_workers", workers, "--train_batch_size", batch]
     done = mounted(f"mount -t tmpfs -o size={size}M none /dev/shm", *words(photos, *more))
@@ -139,7 +140,7 @@ def test_a_signal_acts_within_seconds_while_data_stalls(start, photos, signum, w
     "broken, reason, refusal",
     [
         (False, "No such file or directory", "dog 8 -> 7 images"),
-        (True, "cannot identify image file", "not a readable image"),
+        pytest.param(True, "cannot identify image file", "not a readable image", marks=pytest.mark.slow),
     ],
 )
 def test_a_file_that_vanishes_or_breaks_in_mid_run(broken, reason, refusal, start, photos):

@@ -287,6 +287,7 @@ def swept(tmp_path_factory):
     return sweep, before, out
 
 
+@pytest.mark.slow
 def test_killed_sweep_finishes_what_is_missing(swept):
     sweep, before, out = swept
     after = sweep.ends()
@@ -300,6 +301,7 @@ def test_killed_sweep_finishes_what_is_missing(swept):
     assert {row["n"] for row in table(sweep.output)} == {"2"}
 
 
+@pytest.mark.slow
 def test_failed_cell_is_named_and_stops_no_other(swept):
     sweep = swept[0]
     other = sweep.output / "fashionmnist-mini-100_500_ViT-Ti_16_norm_GN_fp_True_img_28_pretrain_F_seed_1.jsonl"
@@ -312,7 +314,9 @@ def test_failed_cell_is_named_and_stops_no_other(swept):
     assert error.endswith(f"failed:\n  {cell}: status 2\n")
 
 
-@pytest.mark.parametrize("how, gpus", [(signal.SIGINT, "0"), (signal.SIGTERM, "0 0")])
+@pytest.mark.parametrize(
+    "how, gpus", [(signal.SIGINT, "0"), pytest.param(signal.SIGTERM, "0 0", marks=pytest.mark.slow)]
+)
 def test_stopped_sweep_loses_nothing(tmp_path, how, gpus):
     sweep, workers = Sweep(tmp_path), len(gpus.split())
     process = sweep.start("--num_steps", 5000, "--eval_every", 20, NORMS="LN BN GN", SEEDS="7", GPUS=gpus)

@@ -263,6 +263,7 @@ def workers_left(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_torchrun_starts_all_anew_or_ends_all(whole, tmp_path):
     """After the first loss it may restart them, after the second no more; in between they go on from the last save."""
     log, words = tmp_path / "output" / f"{ID}.txt", [*LONG, *places(tmp_path)]
@@ -277,6 +278,7 @@ def test_torchrun_starts_all_anew_or_ends_all(whole, tmp_path):
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_two_nodes_through_torchruns_rendezvous(one, tmp_path):
     words, folder = one
     options = ["--nnodes", 2, "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "two", "--local-addr"]

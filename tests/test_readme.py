@@ -80,6 +80,7 @@ def shortened(block: str) -> str:
     return block.replace("@recipes/demo.args", "@recipes/demo.args --epochs 1 --warmup_epochs 0.5 --eval_every 50")
 
 
+@pytest.mark.slow
 def test_five_minutes_and_python_as_they_stand(tmp_path, monkeypatch, capsys):
     """In a copy, as everything lands in output/."""
     wanted = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
