@@ -40,7 +40,7 @@ from utils import checkpoint, data_utils, dist_util, metrics, pictures
 from utils.augment import eval_augment, short_side
 from utils.cli import UserError, refuse, refusing
 from utils.datasets import ImageSet, data_words, load_data, read_image
-from utils.device import autocast, choose_device, memory_limit, usable_precision
+from utils.device import autocast, choose_device, keep_memory, memory_limit, usable_precision
 from utils.export import export
 from utils.image_folder import files_in, suffix_of, suffixes
 
@@ -92,6 +92,7 @@ class Classifier:
         self.model.to(device).eval()
         self.device, self.name = device, Path(path).stem.removesuffix("_checkpoint")
         self.precision, _ = usable_precision(state["precision"], device)
+        keep_memory(device)
         self.augment = eval_augment(self.args, device, self.precision)
 
     def inputs(self, images: Images) -> Iterator[torch.Tensor]:

@@ -424,6 +424,7 @@ def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None
         data = load_data(args.dataset, args.data_dir, train=not args.validate, **data_words(args))
     if not args.validate:
         data.notes += options.resolve_steps(args, len(data.train))
+    device.keep_memory(processes.device)
     return processes, data.to(processes.device), source
 
 

@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         if args.measure[1] == "kept":
-            keep_memory()
+            keep_memory(torch.device("cpu"))
         print(json.dumps(measure(args.measure[0], args.threads)))
         return
     torch.set_num_threads(args.threads)

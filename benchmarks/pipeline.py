@@ -19,7 +19,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as T
 
 from utils.augment import Augment
-from utils.device import choose_device
+from utils.device import choose_device, keep_memory
 from utils.presets import NORMALIZE
 
 # timm asks for 0 bits now and then, which Pillow 13 refuses
@@ -113,6 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
+    keep_memory(device)
     images = torch.randint(
         0, 256, (args.batch, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

@@ -151,6 +151,7 @@ def begun(unfinished, tmp_path):
 # ---------------------------------------------------------------- kill -9 and signals
 
 
+@pytest.mark.slow
 def test_a_users_process_computes_the_same(whole, tmp_path):
     done = call("train.py", *RUN, *places(tmp_path), env={"OMP_NUM_THREADS": "1"})
     assert done.stderr == "" and "End Training!" in done.stdout

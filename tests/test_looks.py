@@ -117,6 +117,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_of_every_model(kind, tmp_path, monkeypatch):
     """Attention, positions and filters; of an untrained model, whose attention is nearly even, which stays pale."""

@@ -83,7 +83,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 plain = faults()
-device.choose_device("cpu")
+device.keep_memory(torch.device("cpu"))
 print(plain, faults())
 """
 

@@ -282,6 +282,7 @@ def test_every_parameter_gets_a_gradient(kind):
         assert not model.attn_pool.latent.grad[:, :-1].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "stem" not in kind])  # those are torch's own modules
 def test_compiles_as_one_graph(kind):
     one = dict(dropout=0.0, depth=1) | (dict(merge_num=(16,), merge_layer=(1,)) if kind == "DEMS" else {})

@@ -136,11 +136,12 @@ def test_a_signal_acts_within_seconds_while_data_stalls(start, photos, signum, w
     assert (photos.parent / "output" / f"{ID}_last.bin").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken, reason, refusal",
     [
         (False, "No such file or directory", "dog 8 -> 7 images"),
-        pytest.param(True, "cannot identify image file", "not a readable image", marks=pytest.mark.slow),
+        (True, "cannot identify image file", "not a readable image"),
     ],
 )
 def test_a_file_that_vanishes_or_breaks_in_mid_run(broken, reason, refusal, start, photos):

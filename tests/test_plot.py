@@ -314,9 +314,8 @@ def test_failed_cell_is_named_and_stops_no_other(swept):
     assert error.endswith(f"failed:\n  {cell}: status 2\n")
 
 
-@pytest.mark.parametrize(
-    "how, gpus", [(signal.SIGINT, "0"), pytest.param(signal.SIGTERM, "0 0", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how, gpus", [(signal.SIGINT, "0"), (signal.SIGTERM, "0 0")])
 def test_stopped_sweep_loses_nothing(tmp_path, how, gpus):
     sweep, workers = Sweep(tmp_path), len(gpus.split())
     process = sweep.start("--num_steps", 5000, "--eval_every", 20, NORMS="LN BN GN", SEEDS="7", GPUS=gpus)
@@ -334,6 +333,7 @@ def test_stopped_sweep_loses_nothing(tmp_path, how, gpus):
         os.killpg(process.pid, 0)
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_would_happen(swept):
     sweep = swept[0]
     out, _ = sweep.run(NORMS="LN Rescale", SEEDS="1 42", DRY_RUN="1")

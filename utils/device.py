@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(wanted: str = "auto", index: int = 0) -> torch.device:
     """The device 'cpu', 'cuda' (GPU number `index`) or 'mps'; 'auto' takes a GPU where there is one.
 
-    On a CPU, `keep_memory`; on GPUs float32 products may round their factors to TF32. UserError: it is not there.
+    On GPUs float32 products may round their factors to TF32. UserError: it is not there.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -28,18 +28,18 @@ def choose_device(wanted: str = "auto", index: int = 0) -> torch.device:
     absent = wanted == "mps" and not torch.backends.mps.is_available()
     refuse(absent, "--device mps: not available here; use --device cpu")
     torch.set_float32_matmul_precision("high")
-    if wanted == "cpu":
-        keep_memory()
     return torch.device("cuda", index) if wanted == "cuda" else torch.device(wanted)
 
 
-def keep_memory() -> None:
-    """Have glibc keep what is freed for the next step; called where a CPU computes. Other C libraries ignore it.
+def keep_memory(device: torch.device) -> None:
+    """On a CPU, have glibc keep what is freed for the next step. Other C libraries ignore it.
 
-    By default blocks of 32 MiB and more go back to the system and come anew, page by page: with large activations a
-    seventh of a step's time. The process stays as large as it has ever been. What the environment says of this stays.
+    Called when images have been decoded, which takes much for a moment. By default blocks of 32 MiB and more go back to
+    the system and come anew, page by page: with large activations a seventh of a step's time. From then on the process
+    stays as large as it has ever been. What the environment says of this stays.
     """
-    if os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}:
+    said = os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    if device.type != "cpu" or said:
         return
     trim, mmap, most = -1, -3, 2**31 - 1  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     with contextlib.suppress(OSError, TypeError, AttributeError):
