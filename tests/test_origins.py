@@ -385,6 +385,9 @@ def test_what_only_flags_beside_the_weights_tell(tmp_path):
     assert "pooled by 'avg'" in message(ours(), path)
     _, path = saved(None, tmp_path, dict(state_dict=timm_vit().state_dict(), arch="vit_small_patch16_rope_ape_224"))
     assert "vit_small_patch16_rope_ape_224: rotary positions" in message(ours(), path)
+    for name in ("europe.pth", "dinosaurs.pth"):  # only whole words count
+        torch.save(timm_vit().state_dict(), tmp_path / name)
+        assert read_weights(tmp_path / name).likely is None
     write_google_npz(tmp_path / "w.npz", **SIZES, patch=7, grid=4, classes=CLASSES)
     assert "has 2 attention heads, the model 4" in message(ours(heads=4), tmp_path / "w.npz")
     _, path = saved(timm_vit(), tmp_path)

@@ -67,7 +67,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
     g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
     g.add_argument("--img_size", type=cli.positive_int, default=None, help="side in pixels that images are resized to [224, or that of --load_model_dir]")
-    g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the checkpoint that is loaded, else half: to -1..1]")
+    g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the weights that are loaded, where they are known, else half: to -1..1]")
     g.add_argument("--mean", type=cli.real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
     g.add_argument("--std", type=cli.positive, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
     g.add_argument("--eval_batch_size", type=cli.positive_int, default=256, help="images per forward pass in evaluation, per process")

@@ -115,7 +115,10 @@ PRETRAINED = (
     ("base_encoder.", "MoCo-v3", "imagenet"),
 )
 # What no more than a file's own name says: enough for a hint.
-FILE_NAMES = ((r"deit|dino|ibot|(^|[_-])mae|moco", "imagenet"), (r"augreg|imagenet21k|in21k", "half"))
+FILE_NAMES = (
+    (r"(?<![a-z])(deit|dino(v\d)?(?![a-z])|ibot|mae|moco)", "imagenet"),
+    (r"augreg|imagenet21k|in21k", "half"),
+)
 
 # Under which keys files keep their weights; averaged ones first, the better ones where there are both.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")

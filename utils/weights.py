@@ -79,7 +79,7 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
     else:
         _rename(file)
         named += _read_beside(file)
-        rotary = [name for name in named if "rope" in name.lower()]  # of which some files hold nothing
+        rotary = [name for name in named if re.search(r"(?<![a-z])rope", name.lower())]  # some files hold nothing of it
         refuse(rotary, f"{path}: {', '.join(rotary)}: rotary positions, which no model here has")
     words = " ".join(named).lower()
     file.likely = next((name for pattern, name in weight_names.FILE_NAMES if re.search(pattern, words)), None)
