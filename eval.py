@@ -61,14 +61,15 @@ def evaluate(
     exact = torch.float32 if device.type == "mps" else torch.float64
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=exact, device=device)  # loss, correct among the first five
-    for images, labels in batches:
-        with autocast(device, precision):
-            logits = model(images)
-        logits = logits.float()
-        cell = labels * num_classes + logits.argmax(dim=1)
-        confusion.index_add_(0, cell, torch.ones_like(cell))
-        first_five = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
-        sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), first_five.sum()]).to(exact)
+    with torch.autocast(device.type, enabled=False):  # outermost: what the weights are cast to stays for all batches
+        for images, labels in batches:
+            with autocast(device, precision):
+                logits = model(images)
+            logits = logits.float()
+            cell = labels * num_classes + logits.argmax(dim=1)
+            confusion.index_add_(0, cell, torch.ones_like(cell))
+            first_five = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
+            sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), first_five.sum()]).to(exact)
     dist_util.sum_over_processes(confusion)
     dist_util.sum_over_processes(sums)
     confusion = confusion.view(num_classes, num_classes).cpu()
