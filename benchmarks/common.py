@@ -16,14 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, 
 
 
 def machine(device: torch.device) -> str:
-    """Device, threads, torch and date, for the line above a table."""
+    """Device, threads, load, torch and date, for the line above a table."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-        threads = torch.get_num_threads()
-        name += f", {threads} of {os.cpu_count()} cores"
+        bf16 = [word for word in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(word)]
+        name += f" ({bf16[0] if bf16 else 'no bfloat16'}), {torch.get_num_threads()} of {os.cpu_count()} cores"
+        name += f", load {os.getloadavg()[1]:.1f}"
     return f"{name}; torch {torch.__version__}; {date.today()}"
 
 

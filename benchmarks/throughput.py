@@ -2,20 +2,24 @@
 
     python benchmarks/throughput.py --model_type ViT-Ti_16 --patch_size 2 --img_size 32 --train_batch_size 32 --bf16
     python benchmarks/throughput.py --model_type ViT-B_16 --img_size 224 --train_batch_size 128 --bf16 --compile
+    git show HEAD~9:models/vit.py > before.py; python benchmarks/throughput.py --bf16 --vs before.py
 
-Other flags go to train.py. The contestants:
+Other flags go to train.py; what isn't given is its default, dropout included. The contestants:
 
   end to end      train.py's own update on images of fashionmnist-mini, or of --dataset: data, augmentation, AdamW
   in place        the same update on one batch that already lies on the device
-  timm            a plain loop around timm's VisionTransformer of the same sizes and precision, one batch in place
+  timm            a plain loop around timm's VisionTransformer of the same sizes, dropout and precision, one batch in
+                  place; with or without torch's fused attention and channels_last, whichever is the fastest here
   plain           the same in the style of jeonsworld/ViT-pytorch: float32, three linear layers for q, k and v, softmax
                   spelled out
+  --vs FILE       the same loop around the class of this model in another version of its file
 
-Model FLOPs utilisation (MFU) counts 3 forward passes of counted FLOPs a training image, over --peak, or where that is
-not given over what a large matrix product reaches here in the same precision.
+Model FLOPs utilisation (MFU) counts 3 forward passes of counted FLOPs a training image, over the best that a large
+matrix product reaches in the same precision, which takes turns with the others.
 """
 
 import argparse
+import importlib.util
 import itertools
 import statistics
 import tempfile
@@ -35,9 +39,9 @@ from utils.device import DTYPES, autocast
 class PlainBlock(nn.Module):
     """A block as the reference writes it."""
 
-    def __init__(self, dim: int, heads: int, mlp_dim: int):
+    def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: float):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
@@ -51,24 +55,26 @@ class PlainBlock(nn.Module):
         weights = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) / q.shape[-1] ** 0.5, dim=-1)
         y = torch.matmul(weights, v).permute(0, 2, 1, 3).contiguous().view(x.shape)
         x = x + self.out(y)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(self.norm2(x))))))
 
 
 class PlainViT(nn.Module):
     def __init__(
-        self, image_size: int, patch_size: int, num_classes: int, dim: int, depth: int, heads: int, mlp_dim: int
-    ):
+        self, image_size: int, patch_size: int, num_classes: int, dim: int, depth: int, heads: int, mlp_dim: int,
+        dropout: float,
+    ):  # fmt: skip
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.patch = nn.Conv2d(3, dim, patch_size, patch_size)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         self.position = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
-        self.blocks = nn.Sequential(*[PlainBlock(dim, heads, mlp_dim) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[PlainBlock(dim, heads, mlp_dim, dropout) for _ in range(depth)])
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patch(x).flatten(2).transpose(-1, -2)
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.position
-        return self.head(self.norm(self.blocks(x))[:, 0])
+        return self.head(self.norm(self.blocks(self.dropout(x)))[:, 0])
 
 
 class Peer:
@@ -95,35 +101,58 @@ class Peer:
         return (self.forward().argmax(dim=1) == self.labels).sum()
 
 
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
-    seconds = take_turns({"matmul": lambda: a @ b}, device=device, seconds=0.5)["matmul"]
-    return 2 * n**3 / min(seconds)
-
-
-def peers(args: argparse.Namespace, config: dict, precision: str, images: torch.Tensor) -> dict[str, Peer]:
-    """Models of the same sizes by others, on random labels."""
-    classes = config["num_classes"]
-    sizes = {name: config[name] for name in ("patch_size", "dim", "depth", "heads", "mlp_dim")}
-    labels = torch.randint(0, classes, (len(images),), device=images.device)
-    theirs = timm.models.VisionTransformer(
+def timm_vit(args: argparse.Namespace, config: dict, fused: bool) -> nn.Module:
+    """timm's model of the same sizes, with dropout where ours has it."""
+    timm.layers.set_fused_attn(fused)
+    model = timm.models.VisionTransformer(
         img_size=args.img_size,
-        patch_size=sizes["patch_size"],
-        num_classes=classes,
-        embed_dim=sizes["dim"],
-        depth=sizes["depth"],
-        num_heads=sizes["heads"],
-        mlp_ratio=sizes["mlp_dim"] / sizes["dim"],
-    ).to(images.device)
-    if args.compile:
-        theirs.compile()
-    plain = PlainViT(image_size=args.img_size, num_classes=classes, **sizes).to(images.device)
-    return {
-        f"timm, {precision}": Peer(theirs, images, labels, precision),
-        "plain, fp32": Peer(plain, images, labels, "fp32"),
-    }
+        patch_size=config["patch_size"],
+        num_classes=config["num_classes"],
+        embed_dim=config["dim"],
+        depth=config["depth"],
+        num_heads=config["heads"],
+        mlp_ratio=config["mlp_dim"] / config["dim"],
+        pos_drop_rate=config["dropout"],
+        proj_drop_rate=config["dropout"],
+    )
+    for block in model.blocks:
+        block.attn.proj_drop.p = 0.0
+    return model
+
+
+def peers(
+    args: argparse.Namespace, config: dict, precision: str, images: torch.Tensor, vs: Path | None
+) -> dict[str, Peer]:
+    """Models of the same sizes by others, on random labels."""
+    device, found = images.device, {}
+    labels = torch.randint(0, config["num_classes"], (len(images),), device=device)
+
+    def peer(model: nn.Module, images: torch.Tensor = images, precision: str = precision) -> Peer:
+        if args.compile:
+            model.compile()
+        return Peer(model.to(device), images, labels, precision)
+
+    if args.model_type.startswith("ViT"):
+        for fused, layout in itertools.product((True, False), ("contiguous_format", "channels_last")):
+            name = f"timm, {'' if fused else 'not '}fused, {layout.removesuffix('_format')}, {precision}"
+            layout = getattr(torch, layout)
+            model = timm_vit(args, config, fused).to(memory_format=layout)
+            found[name] = peer(model, images.contiguous(memory_format=layout))
+        tried = take_turns({name: one.step for name, one in found.items()}, device=device, rounds=2, seconds=0.1)
+        best = min(tried, key=lambda name: min(tried[name]))
+        found = {best: found[best]}
+        sizes = {word: config[word] for word in ("patch_size", "dim", "depth", "heads", "mlp_dim", "dropout")}
+        plain = PlainViT(image_size=args.img_size, num_classes=config["num_classes"], **sizes)
+        found["plain, fp32"] = peer(plain, precision="fp32")
+    if vs:
+        spec = importlib.util.spec_from_file_location("vs", vs)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        words = {name: value for name, value in config.items() if name not in ("model_type", "cls", "norm_cls")}
+        if args.norm_type == "LN":
+            words.pop("norm_type", None)
+        cls = MODELS[args.model_type]["cls" if args.norm_type == "LN" else "norm_cls"].split(":")[1]
+        found[f"{vs.name}, {precision}"] = peer(getattr(module, cls)(**words))
+    return found
 
 
 def main() -> None:
@@ -131,13 +160,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="each turn of each contestant [2]")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--peak", type=float, default=None, help="of the device at this precision, in TFLOP/s")
+    parser.add_argument("--vs", type=Path, default=None, help="another version of the model's file, as a contestant")
     parser.add_argument("--json", type=Path, default=None)
     own, rest = parser.parse_known_args()
     if own.threads:
         torch.set_num_threads(own.threads)
     folder = tempfile.TemporaryDirectory()
-    words = "--name speed --dataset fashionmnist-mini --memory_limit 8 --opt adamw --dropout 0".split()
+    words = "--name speed --dataset fashionmnist-mini --memory_limit 8 --opt adamw".split()
     words += ["--output_dir", folder.name, "--log_dir", folder.name, *rest]
     fed = set_up(words)
     args, device, test = fed.args, fed.device, fed.data.test
@@ -156,16 +185,17 @@ def main() -> None:
     first, second = (f"{name}, {fed.precision}" for name in ("end to end", "in place"))
     training = {first: lambda: fed.update(batches), second: lambda: held.update(in_place)}
     scoring = {first: evaluate}
-    config = MODELS[args.model_type] | fed.config
-    if args.model_type.startswith("ViT"):
-        images = torch.cat([images for images, _ in batch]).float()
-        for name, peer in peers(args, config, fed.precision, images).items():
-            training[name], scoring[name] = peer.step, peer.score
-    training["data and augmentation alone"] = lambda: list(itertools.islice(batches, parts))
-    trained = take_turns(training, device=device, rounds=own.rounds, seconds=own.seconds)
+    config = MODELS[args.model_type] | dict(dropout=0.0) | fed.config
+    images = torch.cat([images for images, _ in batch]).float()
+    for name, peer in peers(args, config, fed.precision, images, own.vs).items():
+        training[name], scoring[name] = peer.step, peer.score
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[fed.precision])
+    alone = {"matmul": lambda: a @ b, "data and augmentation alone": lambda: list(itertools.islice(batches, parts))}
+    trained = take_turns(training | alone, device=device, rounds=own.rounds, seconds=own.seconds)
     scored = take_turns(scoring, device=device, rounds=own.rounds, seconds=own.seconds)
 
-    peak = own.peak * 1e12 if own.peak else matmul_rate(device, fed.precision)
+    peak = 2 * n**3 / min(trained.pop("matmul"))
     flops = 1e9 * fed.gflops
     rows = []
     for name, seconds in trained.items():

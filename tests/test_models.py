@@ -2,6 +2,7 @@
 compilation, attention maps and where tokens stand in them, parts shared between files, messages, models of others."""
 
 import inspect
+import statistics
 import subprocess
 import sys
 
@@ -338,6 +339,57 @@ def test_drop_path_keeps_the_mean():
     assert abs(dropped.mean() - 1) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
+def test_dropout_is_torchs(p, dtype):
+    """Dropped with probability p to within 1e-4, each element for itself, and scaled as by torch."""
+    torch.manual_seed(0)
+    outputs = [vit.dropout(torch.ones(2**12, 2**11, dtype=dtype), p, training=True) for _ in range(8)]
+    dropped = statistics.mean((y == 0).float().mean(dtype=torch.float64).item() for y in outputs)
+    assert abs(dropped - p) < 1e-4
+    y = outputs[0][:64]
+    theirs = torch.nn.functional.dropout(torch.ones(999, dtype=dtype), p)
+    assert set(y.unique().tolist()) == set(theirs.unique().tolist())
+    keep = (y > 0).float()
+    for lag in (1, 2, 3, 4, 5, 64, 2**12):  # four neighbours come from one number
+        a, b = keep.flatten()[:-lag] - (1 - p), keep.flatten()[lag:] - (1 - p)
+        assert abs((a * b).mean()) / (p * (1 - p)) < 4 / keep.numel() ** 0.5
+
+
+def test_dropout_repeats_by_its_seed_and_has_its_mask_as_gradient():
+    x = torch.randn(3, 5, 7).requires_grad_()
+    torch.manual_seed(1)
+    y = vit.dropout(x, 0.4, training=True)
+    y.sum().backward()
+    torch.manual_seed(1)
+    assert torch.equal(y, vit.dropout(x, 0.4, training=True))
+    assert_close(y, x * x.grad)
+    assert vit.dropout(x, 0.4, training=False) is x and vit.dropout(x, 0.0, training=True) is x
+
+
+@pytest.mark.parametrize("module", [vit, dems, mvit, rescale_vit])
+def test_patches_as_a_product_are_the_convolution(module):
+    embed, x = module.PatchEmbed(3, 32, 4), torch.randn(2, 3, 8, 12)
+    by_convolution = embed.proj(x)
+    assert_close(embed(x), by_convolution.flatten(2).mT)
+    embed(x).square().sum().backward()
+    gradient, embed.proj.weight.grad = embed.proj.weight.grad, None
+    by_convolution.square().sum().backward()
+    assert_close(gradient, embed.proj.weight.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "conv stem", "hybrid", "DEMS", "DEMS conv stem"])
+def test_what_the_head_does_not_read_changes_nothing(kind):
+    """forward() leaves out a part of the last block, forward_features() doesn't; outputs and gradients are the same."""
+    model = make(kind, dropout=0.0).double()
+    x, trained = images(model).double(), [p for p in model.parameters() if p.requires_grad]
+    short, whole = model(x), model.head(model.forward_features(x)[:, 0])
+    assert_close(short, whole)
+    gradients = (torch.autograd.grad(y.square().sum(), trained) for y in (short, whole))
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other)
+
+
 def test_rescale_counts_eight_passes():
     bias = rescale_vit.CentredBias(2)
     torch.nn.init.ones_(bias.bias)
@@ -500,7 +552,9 @@ def test_kernel_of_dems_equals_its_three_convolutions():
 @pytest.mark.parametrize(
     "part,files",
     [
+        ("dropout", [rescale_vit, dems, mvit]),
         ("drop_path", [rescale_vit, dems, mvit]),
+        ("attend", [rescale_vit, dems, mvit]),
         ("ConvStem", [dems]),
         ("FeedForward", [rescale_vit, dems, mvit]),
         ("Attention.split_heads", [rescale_vit, dems, mvit]),
