@@ -21,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -42,7 +42,7 @@ from utils.run_files import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 SELF = [sys.executable, __file__]
-ENDS = dict(correctness=0.25, throughput=0.65, ways=0.68, cell=0.8, accuracy=1.0)  # of --minutes, where a part ends
+ENDS = dict(correctness=0.25, throughput=0.65, ways=0.68, cell=0.82, accuracy=1.0)  # of --minutes, where a part ends
 GRACE = 20  # seconds that train.py has for its last save
 TOY = "--img_size 28 --patch_size 7 --dim 32 --depth 1 --heads 2 --mlp_dim 64".split()
 THROUGHPUT = {
@@ -65,8 +65,11 @@ def use_tf32(on: bool) -> None:
 
 def relative(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     """‖ours - reference‖ / ‖reference‖ over all of their numbers; NaN where one is."""
-    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in zip(ours, reference, strict=True)]
-    return (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt().item()
+    error = size = 0.0
+    for pair in zip(ours, reference, strict=True):
+        a, b = (each.detach().cpu().double() for each in pair)
+        error, size = error + (a - b).square().sum().item(), size + b.square().sum().item()
+    return math.sqrt(error / size)
 
 
 def verdict(check: str, figure: float, bound: float) -> dict:
@@ -147,7 +150,7 @@ def errors_of(device: torch.device, model_type: str, words: dict) -> dict[str, t
     def results(model: nn.Module, precision: str, images: torch.Tensor) -> tuple[list, list]:
         with autocast(images.device, precision):
             logits = model(images)
-        (logits * weights.to(logits)).sum().backward()
+        (logits * weights.to(logits.device)).sum().backward()  # not in half precision
         return [logits], [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
     reference = results(copy.deepcopy(fresh).cpu().double(), "fp32", images.double())
@@ -240,7 +243,7 @@ def ways(device: torch.device, toy: bool) -> Iterator[dict]:
     sizes = {"ViT-B_32, batch 128": (128, 224, 32, 768), "ViT-Ti, 32 px, patch 2, batch 256": (256, 32, 2, 192)}
     for name, (batch, size, p, dim) in ({"toy": (2, 8, 2, 8)} if toy else sizes).items():
         proj = nn.Conv2d(3, dim, p, p, device=device)
-        x = torch.randn(batch, 3, size, size, device=device)
+        x = torch.randn(batch, 3, size, size, device=device, dtype=torch.bfloat16)  # as augmented with --bf16
         positions = nn.Parameter(torch.randn(1, (size // p) ** 2, dim, device=device))  # a sum in the model's layout
 
         def convolution(proj=proj, x=x, positions=positions) -> torch.Tensor:
@@ -302,19 +305,12 @@ CHILDREN = {
     "repeating, deterministic": (repeating, "correctness", 60, "CUBLAS_WORKSPACE_CONFIG=:4096:8"),
     "training": (training, "correctness", 90, ""),
     "ways": (ways, "ways", 30, ""),
-    "cell": (cell, "cell", 150, ""),
+    "cell": (cell, "cell", 180, ""),
 }
 
 
-@dataclass
-class Item:
-    """A process of a part: seconds that it should take, and what reads its rows."""
-
-    part: str
-    name: str
-    seconds: float
-    command: list[str]
-    rows: Callable[[], list[dict]]
+# A process of a part: its name, seconds that it should take, words, and a function that reads its rows from files.
+Item = namedtuple("Item", "part name seconds command rows")
 
 
 def plan(args: argparse.Namespace) -> list[Item]:

@@ -135,9 +135,10 @@ def test_no_time_no_work(tmp_path, capsys):
     assert (status, kept) == (0, {}) and "Not done yet: published; in_float64" in out
 
 
-def test_needs_a_gpu_or_smoke():
-    done = call("benchmarks/gpu.py", check=2)
-    assert "torch sees no GPU here; --smoke" in done.stderr.splitlines()[-1]
+def test_needs_a_gpu_or_smoke(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([])
+    assert "torch sees no GPU here; --smoke" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -162,3 +163,11 @@ def test_smoke(tmp_path, capsys):
     assert all(number > 0 for number in numbers), numbers
     assert gpu.main(["--markdown", "--json", str(tmp_path / "gpu.json")]) == 0
     assert capsys.readouterr().out.strip() in out
+
+
+@pytest.mark.slow
+def test_published_outputs_are_those_of_the_device(tmp_path):
+    """A device without numbers gives none of them."""
+    call("benchmarks/gpu.py", "--child", "published", "--device", "meta", "--json", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 11 and not any(row["ok"] for row in rows)
