@@ -309,8 +309,8 @@ CHILDREN = {
 }
 
 
-# A process of a part: its name, seconds that it should take, words, and a function that reads its rows from files.
-Item = namedtuple("Item", "part name seconds command rows")
+# A process of a part: its name, seconds that it should take, its words, and a function that reads rows from its path.
+Item = namedtuple("Item", "part name seconds command path read")
 
 
 def plan(args: argparse.Namespace) -> list[Item]:
@@ -319,7 +319,7 @@ def plan(args: argparse.Namespace) -> list[Item]:
     for name, (_, part, seconds, setting) in CHILDREN.items():
         path = args.runs / f"{name}.json"
         command = ["env", *setting.split(), *SELF, "--child", name, "--json", path, *device, *["--smoke"] * bool(toy)]
-        items.append(Item(part, name, seconds, command, lambda path=path: json.loads(path.read_text())))
+        items.append(Item(part, name, seconds, command, path, lambda path: json.loads(path.read_text())))
     speed = ["env", "TORCHDYNAMO_DISABLE=1"] if toy else []  # as `training` compiles, for a minute on a CPU
     speed += [sys.executable, ROOT / "benchmarks" / "throughput.py", *device, "--bf16"]
     speed += ["--rounds", "1" if toy else "3", "--seconds", "0.01" if toy else "0.5"]
@@ -327,22 +327,25 @@ def plan(args: argparse.Namespace) -> list[Item]:
         for name, flags, seconds in ((f"{model}, eager", [], 40), (f"{model}, compiled", ["--compile"], 90)):
             path = args.runs / f"{name}.json"
             command = [*speed, *words.split(), *flags, *toy, "--json", path]
-            items.append(Item("throughput", name, seconds, command, partial(throughput_row, name, path)))
+            items.append(Item("throughput", name, seconds, command, path, partial(throughput_row, name)))
     data = ["--data_dir", args.data_dir] if args.data_dir else []
     data += ["--dataset", "imagefolder"] if data and not any(args.data_dir.glob("cifar-10*")) else []
     for seed in range(1, 2 if toy else 6):
         for recipe in args.recipes or (["rescalevit_cifar10", "vit_ti_cifar10_32"] if data else ["demo"]):
             command = [sys.executable, ROOT / "train.py", f"@{ROOT}/recipes/{recipe}.args", *data, *device, *toy]
             command += ["--num_steps", "20", "--eval_every", "10"] if toy else []
+            command += ["--overwrite"] if args.again else []
             command += ["--name", recipe, "--seed", seed, "--output_dir", args.runs, "--log_dir", args.runs / "logs"]
-            read = partial(accuracy_row, recipe, seed, args.runs)
-            items.append(Item("accuracy", f"{recipe}, seed {seed}", 40, command, read))
+            read = partial(accuracy_row, recipe, seed)
+            items.append(Item("accuracy", f"{recipe}, seed {seed}", 40, command, args.runs, read))
     return sorted(items, key=lambda item: list(ENDS).index(item.part))
 
 
 def carry_out(item: Item, limit: float) -> dict:
     """Run an item for so many seconds at most: its state (done, failed, unfinished), rows, seconds, and last lines."""
     began, state = time.monotonic(), "unfinished"
+    if item.path.is_file():  # of an earlier time
+        item.path.unlink()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         command, streams = [*map(str, item.command)], dict(stdout=output, stderr=subprocess.STDOUT)
         process = subprocess.Popen(command, cwd=ROOT, process_group=0, **streams)
@@ -359,7 +362,7 @@ def carry_out(item: Item, limit: float) -> dict:
         output.seek(0)
         says, rows = [line for line in output.read().splitlines() if line.strip()][-5:], []
     with contextlib.suppress(OSError, LookupError, StopIteration, ValueError):  # there are none yet
-        rows = item.rows()
+        rows = item.read(item.path)
     if not all(row.get("ok", True) for row in rows) or (state == "done" and not rows):
         state = "failed"
     return dict(part=item.part, state=state, seconds=time.monotonic() - began, rows=rows, says=says)
@@ -386,7 +389,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", type=Path, help="CIFAR-10, as an image folder or in torchvision's format")
     parser.add_argument("--recipes", nargs="+", help="[rescalevit_cifar10 vit_ti_cifar10_32; demo without --data_dir]")
     parser.add_argument("--only", nargs="+", choices=ENDS, default=[*ENDS], metavar="PART", help=" ".join(ENDS))
-    parser.add_argument("--again", action="store_true", help="do anew what is done, or failed")
+    parser.add_argument(
+        "--again", action="store_true", help="do anew what is done or failed; without it again to go on"
+    )
     parser.add_argument("--smoke", action="store_true", help="toy sizes; also on a CPU")
     parser.add_argument("--markdown", action="store_true", help="print the tables of what is in --json, and do nothing")
     parser.add_argument("--device", default="auto")
@@ -404,6 +409,8 @@ def main(words: list[str] | None = None) -> int:
     path = args.json or (args.runs / "results.json" if args.smoke else ROOT / "benchmarks" / "speed" / "gpu.json")
     kept = json.loads(path.read_text()) if path.exists() else {}
     if args.markdown:
+        if not kept:
+            parser.error(f"{path}: no results yet; leave out --markdown on a machine with a GPU")
         tables(kept)
         return 0
     if args.device == "auto" and not args.smoke and not torch.cuda.is_available():
@@ -429,7 +436,8 @@ def main(words: list[str] | None = None) -> int:
                 done |= dict(state="failed", says=[f"not done after {limit:.3g} s"])
             print(f"  {done['state']}, {done['seconds']:.0f} s", flush=True)
             kept[item.name] = done | {"seconds": before["seconds"] + done["seconds"]}
-            path.write_text(json.dumps(kept, indent=1) + "\n")
+            path.with_suffix(".tmp").write_text(json.dumps(kept, indent=1) + "\n")
+            os.replace(path.with_suffix(".tmp"), path)  # whole, whenever this process is killed
     tables(kept)
     if missing := [item.name for item in items if kept.get(item.name, fresh)["state"] == "unfinished"]:
         print(f"\nNot done yet: {'; '.join(missing)}. The same command goes on; once --minutes are over, with more.")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_a_wrong_gradient_sum_is_told(monkeypatch):
     assert not row["ok"], row
 
 
+def test_batches_that_a_stream_spoils_are_told(monkeypatch):
+    """The first one after a run begins or goes on: in one place without, in two with an interruption."""
+
+    def spoil(batches, device):
+        for i, (images, labels) in enumerate(batches):
+            yield images + 0.1 * (i == 0), labels
+
+    monkeypatch.setattr(gpu.data_utils, "_ahead", spoil)
+    assert [row["ok"] for row in gpu.repeating(CPU, toy=True)] == [True, False, False]
+
+
 def run(tmp_path, capsys, *words) -> tuple[int, dict, str]:
     """main() with results and files in tmp_path; its status, the results, and what it printed."""
     path = tmp_path / "gpu.json"
@@ -86,6 +98,14 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path, capsys, monkeypat
     before = kept
     status, kept, _ = run(tmp_path, capsys, *words)
     assert status == 1 and kept == before  # there was nothing to do
+    assert kept["published"]["rows"]
+    broken.write_text(
+        broken.read_text().replace("rows = ", "sys.exit('at once' if name == 'in_float64' else 0)\nrows = ")
+    )
+    status, kept, _ = run(tmp_path, capsys, "--only", "correctness", "--again")
+    assert status == 1 and {each["state"] for each in kept.values() if each["part"] == "correctness"} == {"failed"}
+    assert not any(each["rows"] for each in kept.values() if each["part"] == "correctness")  # none from before
+    broken.write_text(broken.read_text().replace("sys.exit('at once' if name == 'in_float64' else 0)\n", ""))
     broken.write_text(broken.read_text().replace("'training'", "''").replace("'published'", "''"))
     status, kept, _ = run(tmp_path, capsys, "--only", "correctness", "--again")
     assert status == 0 and kept["published"]["state"] == "done"
@@ -107,14 +127,14 @@ for step in range(int(path.read_text()) if path.exists() else 0, most):
 
 def test_what_is_cut_off_goes_on(tmp_path, capsys, monkeypatch):
     """An item of 1.5 seconds in commands that have 0.6 of them, and one that hangs and hears nothing."""
-    read = lambda path: [{"steps": int(path.read_text())}]  # noqa: E731
+    read = lambda path, name: [{"steps": int((path / name).read_text())}]  # noqa: E731
     monkeypatch.setattr(gpu, "GRACE", 0.4)
 
     def plan(args):
         items = []
         for part, name, *words in (("accuracy", "slow", 15), ("ways", "hangs", 10**6, "patient")):
             command = [sys.executable, "-c", COUNT, tmp_path / name, *words]
-            items.append(gpu.Item(part, name, 0.15, command, lambda name=name: read(tmp_path / name)))
+            items.append(gpu.Item(part, name, 0.15, command, tmp_path, partial(read, name=name)))
         return items
 
     monkeypatch.setattr(gpu, "plan", plan)
@@ -139,6 +159,9 @@ def test_needs_a_gpu_or_smoke(capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main([])
     assert "torch sees no GPU here; --smoke" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--markdown", "--json", "missing.json"])
+    assert "missing.json: no results yet" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
