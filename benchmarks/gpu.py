@@ -420,7 +420,8 @@ def main(words: list[str] | None = None) -> int:
     for folder in (args.runs, path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     items = [item for item in plan(args) if item.part in args.only]
-    began, here, fresh = time.monotonic(), machine(choose_device(args.device)), dict(state="unfinished", seconds=0)
+    began, fresh = time.monotonic(), dict(state="unfinished", seconds=0)
+    here = machine(choose_device(args.device)) + ("; toy sizes" if args.smoke else "")
     for late in (False, True):  # at last what its part had no time for
         for item in items:
             before, whole = kept.get(item.name, fresh), 60 * args.minutes
