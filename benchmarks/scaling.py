@@ -1,9 +1,11 @@
-"""How the cost of a training step grows: with tokens, batch, size of the data set, and processes; and with the norm.
+"""How the time of a training step grows: with tokens, batch, size of the data set, and processes; and how far each
+model and norm, at the published size for 32 px, keeps up with its FLOPs.
 
     python benchmarks/scaling.py                      # a small ViT on one core; processes have one core each
     python benchmarks/scaling.py --bf16 --device cuda # other flags go to train.py
 
-Tokens, batch, data and norms take turns in one process, train.py's own update with data and augmentation each.
+Tokens, batch and data, then models and norms, take turns in one process, train.py's own update with data and
+augmentation each.
 Processes are runs of train.py, whose TensorBoard says how many images they trained a second.
 """
 
@@ -19,17 +21,19 @@ import torch
 from common import batches_of, rate, report, set_up, take_turns
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models import NORM_TYPES
-
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --memory_limit 8".split()
 BASE += "--opt adamw --dropout 0 --aug strong".split()
-SIZES = "--dim 128 --depth 6 --heads 4 --mlp_dim 512".split()
+SIZES = "--img_size 28 --dim 128 --depth 6 --heads 4 --mlp_dim 512 --train_batch_size 64".split()
+TI = "--img_size 32 --patch_size 2 --train_batch_size 32".split()
+KINDS = {norm: ["--norm_type", norm] for norm in ("LN", "BN", "GN", "Rescale")}
+KINDS = {f"ViT-Ti, {norm}": words for norm, words in KINDS.items()}
+KINDS |= {"DEMS-Ti": ["--model_type", "DEMS-Ti"], "MViT-Ti": "--model_type MViT-Ti --img_sizes 16 32".split()}
 
 
 def updates(words: list[str], folder: str, copies: int = 1):
     """A function that takes one update, counted FLOPs and images of it, and its device."""
-    flags = ["--name", "scaling", *BASE, *SIZES, "--output_dir", folder, "--log_dir", folder, *words]
+    flags = ["--name", "scaling", *BASE, *words, "--output_dir", folder, "--log_dir", folder]
     trainer = set_up(flags, copies)
     trainer.model.train()
     batches, images = batches_of(trainer), trainer.args.train_batch_size
@@ -40,8 +44,7 @@ def processes_row(count: int, words: list[str], folder: str) -> dict:
     """Images a second that `count` processes of one core each train, over all of them, and each."""
     place = Path(folder) / str(count)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
-    command += [str(ROOT / "train.py"), "--name", "scaling", *BASE, *SIZES, "--img_size", "28"]
-    command += ["--train_batch_size", "64"]
+    command += [str(ROOT / "train.py"), "--name", "scaling", *BASE, *SIZES]
     command += ["--num_steps", "60", "--eval_every", "60", "--log_every", "5", *words]
     command += ["--output_dir", str(place / "output"), "--log_dir", str(place / "logs")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -52,6 +55,28 @@ def processes_row(count: int, words: list[str], folder: str) -> dict:
     return dict(speed=statistics.median(speed), low=min(speed), high=max(speed))
 
 
+def compare(title: str, kind: str, cases: dict[str, tuple], own: argparse.Namespace, path: Path | None) -> torch.device:
+    """Let `updates` take turns, and report each beside the first; their device."""
+    first, (*_, device) = next(iter(cases.items()))
+    contestants = {name: case[0] for name, case in cases.items()}
+    taken = take_turns(contestants, device=device, rounds=own.rounds, seconds=own.seconds)
+    rows = []
+    for name, (_, flops, images, _) in cases.items():
+        time = statistics.median(b / a for a, b in zip(taken[first], taken[name], strict=True))
+        rows.append(
+            {
+                kind: name,
+                "ms a step": f"{1000 * statistics.median(taken[name]):.0f}",
+                "images/s": rate(images, taken[name]),
+                "time, x the first": time,
+                "counted FLOPs, x the first": flops / cases[first][1],
+                "FLOP/s, x the first": flops / cases[first][1] / time,
+            }
+        )
+    report(title, rows, device, path)
+    return device
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -60,34 +85,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     own, words = parser.parse_known_args()
     torch.set_num_threads(1)
+
+    def path(part: str) -> Path | None:
+        return own.json and own.json.with_stem(f"{own.json.stem}_{part}")
+
     with tempfile.TemporaryDirectory() as folder:
-        small = ["--img_size", "28", "--train_batch_size", "64", *words]
         cases = {
-            "49 patches, batch 64, 10,000 images": updates(small, folder),
-            "100 patches": updates([*small, "--img_size", "40"], folder),
-            "batch 128": updates([*small, "--train_batch_size", "128"], folder),
-            "batch 256": updates([*small, "--train_batch_size", "256"], folder),
-            "100,000 images": updates(small, folder, copies=10),
-            **{f"norm {norm}": updates([*small, "--norm_type", norm], folder) for norm in NORM_TYPES[1:]},
+            "49 patches, batch 64, 10,000 images": updates([*SIZES, *words], folder),
+            "100 patches": updates([*SIZES, *words, "--img_size", "40"], folder),
+            "batch 128": updates([*SIZES, *words, "--train_batch_size", "128"], folder),
+            "batch 256": updates([*SIZES, *words, "--train_batch_size", "256"], folder),
+            "100,000 images": updates([*SIZES, *words], folder, copies=10),
         }
-        *_, device = next(iter(cases.values()))
-        taken = take_turns(
-            {name: case[0] for name, case in cases.items()}, device=device, rounds=own.rounds, seconds=own.seconds
-        )
-        first = next(iter(cases))
-        rows = []
-        for name, (_, flops, images, _) in cases.items():
-            factor = statistics.median(b / a for a, b in zip(taken[first], taken[name], strict=True))
-            rows.append(
-                {
-                    "step of ViT, dim 128, depth 6": name,
-                    "ms a step": f"{1000 * statistics.median(taken[name]):.0f}",
-                    "images/s": rate(images, taken[name]),
-                    "time, x the first": factor,
-                    "counted FLOPs, x the first": flops / cases[first][1],
-                }
-            )
-        report("Growth, median (lowest-highest)", rows, device, own.json)
+        compare("Growth, median (lowest-highest)", "step of ViT, dim 128, depth 6", cases, own, path("growth"))
+        cases = {name: updates([*TI, *more, *words], folder) for name, more in KINDS.items()}
+        title = "Models at 32 px, patch 2, batch 32, median (lowest-highest)"
+        device = compare(title, "step", cases, own, path("models"))
         rows = []
         unit, there = ("GPU", torch.cuda.device_count()) if device.type == "cuda" else ("core", os.cpu_count())
         for count in own.processes:
@@ -98,7 +111,7 @@ def main() -> None:
             rows.append({"processes": count, "images/s": round(result["speed"]), "x the first": result["speed"] / base})
         if rows:
             title = f"Processes of one {unit} each, {there} {unit}s, the same whole batch of 64"
-            report(title, rows, device, own.json and own.json.with_stem(f"{own.json.stem}_processes"))
+            report(title, rows, device, path("processes"))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class GroupNorm(nn.Module):
         self.layer = nn.GroupNorm(self.groups, dim, eps=1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rearrange(self.layer(rearrange(x, "b n d -> b d n")), "b d n -> b n d")
+        return rearrange(self.layer(rearrange(x, "b n d -> b d n 1")), "b d n 1 -> b n d")  # channels last: no copy
 
 
 class CentredBias(nn.Module):
