@@ -12,6 +12,7 @@ from utils.run_files import settings
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import results  # noqa: E402
+import speed  # noqa: E402
 
 CELLS = [(group, row, seed) for group, rows in results.GROUPS.items() for row in rows for seed in results.SEEDS]
 
@@ -39,3 +40,12 @@ def test_tables_are_made_of_the_logs(capsys):
     files = [path for path in (ROOT / "README.md", ROOT / "docs" / "results.md") if path.is_file()]
     shown = {line for path in files for line in path.read_text(encoding="utf-8").splitlines()}
     assert [line for line in lines if line not in shown] == []
+
+
+def test_speed_tables_are_made_of_the_figures(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speed.py"])
+    speed.main()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert all(list(speed.KEPT.glob(f"{name}*.json")) for name in speed.MEASURED)
+    shown = set((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").splitlines())
+    assert [line for line in printed if line not in shown] == []
