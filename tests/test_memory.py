@@ -183,7 +183,7 @@ def test_three_hundred_photos_of_very_different_sizes(tmp_path):
         path = tmp_path / "photos" / ("rare" if i == 299 else "few" if i > 286 else f"class{i % 4}") / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size).save(path)
-    words = "--name run --model_type ViT-Ti_16 --patch_size 32 --depth 6 --aug mild --train_batch_size 64".split()
+    words = "--name run --model_type ViT-Ti_16 --patch_size 32 --bf16 --aug mild --train_batch_size 64".split()
     words += ["--eval_batch_size", "64", "--num_steps", "4", "--data_dir", str(tmp_path / "photos"), *places(tmp_path)]
     then = "from models import MODELS, NORM_TYPES; from utils import options; "
     then += f"train.main(options.parse_train_args(MODELS, NORM_TYPES, {words}))"
@@ -193,4 +193,4 @@ def test_three_hundred_photos_of_very_different_sizes(tmp_path):
     )
     cache = (tmp_path / "photos" / "train.cache.npz").stat().st_size / 2**20
     print(f"torch {empty} MB, training {full} MB, cache {cache:.0f} MB")
-    assert full - empty < 680 and cache < 150
+    assert full - empty < 725 and cache < 150  # with torch for CUDA 1.5 GB in all
