@@ -202,7 +202,7 @@ def _fold_layer_scale(state: State, target: State, notes: list[str]) -> State:
         if match and f"{linear}.weight" in state:
             scale, folded = state.pop(name).float(), True
             for part in filter(state.__contains__, (f"{linear}.weight", f"{linear}.bias")):
-                state[part] = (scale * state[part].float().T).T
+                state[part] = torch.einsum("o,o...->o...", scale, state[part].float())
     if folded:
         notes.append("LayerScale folded into attn.proj and mlp.fc2")
     return state

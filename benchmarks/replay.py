@@ -1,0 +1,86 @@
+"""RescaleViT's published runs on CIFAR-10 (ViT-B_32, 224 px, batch 128), their first steps, and ours beside them.
+
+    python benchmarks/replay.py --data_dir data                   # four norms, 500 of 20,000 steps each
+    python benchmarks/replay.py --norms LN --steps 1000           # other flags go to train.py
+    python benchmarks/replay.py --steps 0                         # the table, from benchmarks/results/replay/
+
+Runs of recipes/rescalevit_cifar10.args, learning rates of 20,000 steps included, that are stopped at --steps. The same
+command goes on with them. 500 steps are 1.6 PFLOP, and five evaluations 0.4.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import machine, print_table
+
+from models import MODELS, NORM_TYPES
+from utils import options
+from utils.run_files import RunFiles, read_records, run_id
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "replay"
+STEPS = (100, 200, 300, 400, 500)
+PUBLISHED = {  # github.com/ChaofanTao/RescaleViT, its logs: accuracy in percent, validation loss
+    "LN": ((29.71, 31.10, 30.72, 34.53, 33.40), (1.88619, 1.87989, 1.89501, 1.81853, 1.83898)),
+    "BN": ((28.64, 32.30, 30.66, 31.76, 33.18), (1.94267, 1.85269, 1.88589, 1.85481, 1.79288)),
+    "GN": ((26.92, 30.54, 31.11, 32.11, 33.65), (1.98252, 1.88277, 1.84295, 1.80868, 1.80459)),
+    "Rescale": ((20.50, 23.12, 26.35, 26.87, 29.86), (2.05831, 2.04675, 1.99625, 1.98719, 1.91556)),
+}
+
+
+def evaluations(path: Path) -> dict[int, dict]:
+    """Step -> what a run logged at it; nothing of a run that hasn't begun."""
+    records = read_records(path)[0] if path.exists() else []
+    return {record["step"]: record for record in records if record["event"] == "eval"}
+
+
+def replay(norm: str, steps: int, words: list[str]) -> None:
+    """Train until the evaluation at `steps`, and keep the log."""
+    words = ["@recipes/rescalevit_cifar10.args", "--name", "replay", "--norm_type", norm, *words]
+    args = options.parse_train_args(MODELS, NORM_TYPES, words)
+    log = RunFiles(args.output_dir, args.log_dir, run_id(args)).json
+    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT)
+    try:
+        while process.poll() is None and max(evaluations(log), default=0) < steps:
+            time.sleep(2)
+    finally:
+        process.terminate()  # it saves, and can go on
+        process.wait()
+    if max(evaluations(log), default=0) < steps:
+        sys.exit(f"{norm}: train.py ended before step {steps}")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    text = log.read_text(encoding="utf-8").replace(f'"data_dir": {json.dumps(args.data_dir)}', '"data_dir": "data"')
+    (KEPT / f"{norm}.jsonl").write_text(text, encoding="utf-8")
+    (KEPT / "machine.txt").write_text(machine(torch.device("cpu")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--norms", nargs="+", choices=NORM_TYPES, default=NORM_TYPES)
+    parser.add_argument("--steps", type=int, default=STEPS[-1])
+    own, words = parser.parse_known_args()
+    for norm in own.norms if own.steps else ():
+        replay(norm, own.steps, words)
+    rows = []
+    for norm, (accuracy, loss) in PUBLISHED.items():
+        ours = evaluations(KEPT / f"{norm}.jsonl")
+        for what, published in (("accuracy", accuracy), ("loss", loss)):
+            row = {"norm": norm, "": what}
+            for step, value in zip(STEPS, published, strict=True):
+                found = ours.get(step)
+                mine = "-" if not found else f"{100 * found[what]:.2f}" if what == "accuracy" else f"{found[what]:.3f}"
+                row[f"step {step}, ours / published"] = f"{mine} / {value}"
+            if ours:
+                rows.append(row)
+    if rows:
+        print(f"{(KEPT / 'machine.txt').read_text()}\n")
+        print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
