@@ -24,6 +24,7 @@ from utils.run_files import RunFiles, read_records, run_id
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "replay"
+POLL = 2  # seconds
 STEPS = (100, 200, 300, 400, 500)
 PUBLISHED = {  # github.com/ChaofanTao/RescaleViT, its logs: accuracy in percent, validation loss
     "LN": ((29.71, 31.10, 30.72, 34.53, 33.40), (1.88619, 1.87989, 1.89501, 1.81853, 1.83898)),
@@ -44,15 +45,16 @@ def replay(norm: str, steps: int, words: list[str]) -> None:
     words = ["@recipes/rescalevit_cifar10.args", "--name", "replay", "--norm_type", norm, *words]
     args = options.parse_train_args(MODELS, NORM_TYPES, words)
     log = RunFiles(args.output_dir, args.log_dir, run_id(args)).json
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT)
-    try:
-        while process.poll() is None and max(evaluations(log), default=0) < steps:
-            time.sleep(2)
-    finally:
-        process.terminate()  # it saves, and can go on
-        process.wait()
     if max(evaluations(log), default=0) < steps:
-        sys.exit(f"{norm}: train.py ended before step {steps}")
+        process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT)
+        try:
+            while process.poll() is None and max(evaluations(log), default=0) < steps:
+                time.sleep(POLL)
+        finally:
+            process.terminate()  # it saves, and can go on
+            process.wait()
+        if max(evaluations(log), default=0) < steps:
+            sys.exit(f"{norm}: train.py ended before step {steps}")
     KEPT.mkdir(parents=True, exist_ok=True)
     text = log.read_text(encoding="utf-8").replace(f'"data_dir": {json.dumps(args.data_dir)}', '"data_dir": "data"')
     (KEPT / f"{norm}.jsonl").write_text(text, encoding="utf-8")

@@ -4,13 +4,14 @@ import json
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, TINY, places
 
 from models import MODELS, NORM_TYPES
 from utils import options
 from utils.run_files import settings
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import replay  # noqa: E402
 import results  # noqa: E402
 import speed  # noqa: E402
 
@@ -49,3 +50,22 @@ def test_speed_tables_are_made_of_the_figures(monkeypatch, capsys):
     assert all(list(speed.KEPT.glob(f"{name}*.json")) for name in speed.MEASURED)
     shown = set((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").splitlines())
     assert [line for line in printed if line not in shown] == []
+
+
+@pytest.mark.slow
+def test_replay_stops_goes_on_and_shows_both(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(replay, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(replay, "STEPS", (1, 2, 3, 4, 5))
+    monkeypatch.setattr(replay, "POLL", 0.05)
+    words = [*TINY, "--eval_every", "1", "--num_steps", "500", *places(tmp_path)]
+    for steps in ("1", "6", "0"):  # begun, gone on with, shown
+        monkeypatch.setattr(sys, "argv", ["replay.py", "--norms", "BN", "--steps", steps, *words])
+        replay.main()
+    ours = replay.evaluations(tmp_path / "kept" / "BN.jsonl")
+    assert 6 <= max(ours) < 500 and sorted(ours) == list(range(1, max(ours) + 1))
+    *_, accuracy, loss = capsys.readouterr().out.splitlines()
+    assert accuracy.startswith(f"| BN | accuracy | {100 * ours[1]['accuracy']:.2f} / 28.64 |")
+    assert loss.startswith(f"| BN | loss | {ours[1]['loss']:.3f} / 1.94267 |")
+    text = next((tmp_path / "output").glob("replay_*.txt")).read_text(encoding="utf-8")
+    assert "Resuming" in text
