@@ -75,8 +75,9 @@ def main() -> None:
             row = {"norm": norm, "": what}
             for step, value in zip(STEPS, published, strict=True):
                 found = ours.get(step)
-                mine = "-" if not found else f"{100 * found[what]:.2f}" if what == "accuracy" else f"{found[what]:.3f}"
-                row[f"step {step}, ours / published"] = f"{mine} / {value}"
+                scale, digits = (100, 2) if what == "accuracy" else (1, 5)
+                mine = f"{scale * found[what]:.{digits}f}" if found else "-"
+                row[f"step {step}, ours / published"] = f"{mine} / {value:.{digits}f}"
             if ours:
                 rows.append(row)
     if rows:

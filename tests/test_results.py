@@ -66,6 +66,14 @@ def test_replay_stops_goes_on_and_shows_both(monkeypatch, tmp_path, capsys):
     assert 6 <= max(ours) < 500 and sorted(ours) == list(range(1, max(ours) + 1))
     *_, accuracy, loss = capsys.readouterr().out.splitlines()
     assert accuracy.startswith(f"| BN | accuracy | {100 * ours[1]['accuracy']:.2f} / 28.64 |")
-    assert loss.startswith(f"| BN | loss | {ours[1]['loss']:.3f} / 1.94267 |")
+    assert loss.startswith(f"| BN | loss | {ours[1]['loss']:.5f} / 1.94267 |")
     text = next((tmp_path / "output").glob("replay_*.txt")).read_text(encoding="utf-8")
     assert "Resuming" in text
+
+
+def test_replay_table_is_made_of_the_logs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["replay.py", "--steps", "0"])
+    replay.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    shown = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 2 and [line for line in lines if line not in shown] == []
