@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return rearrange(self.proj(x), "b d h w -> b (h w) d")
-        # As one product: a CPU's gradient of this convolution takes a fifth of the time of a whole ViT-B_32 step.
+        # As one product: a CPU's gradient of this convolution takes up to a fifth of a whole ViT-B_32 step.
         p, q = self.proj.kernel_size
         x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
