@@ -119,6 +119,7 @@ def in_float64(device: torch.device, toy: bool) -> Iterator[dict]:
     kinds = {name: (name, {}) for name in MODELS}
     kinds |= {f"ViT-Ti_16, {norm}": ("ViT-Ti_16", dict(norm_type=norm)) for norm in NORM_TYPES[1:]}
     kinds |= {f"{name}, conv stem": (name, dict(conv_stem=True)) for name in ("ViT-Ti_16", "DEMS-Ti")}
+    kinds |= {"ViT-Ti_16, residual stem": ("ViT-Ti_16", dict(residual_stem=True))}
     use_tf32(False)
     for name, (model_type, words) in kinds.items():
         patch, hybrid = MODELS[model_type]["patch_size"], "stem_depths" in MODELS[model_type]

@@ -259,7 +259,7 @@ class RescaleViT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """As ViT's; always in evaluation mode, so that looking changes no statistics."""
+        """As ViT's."""
         training = self.training
         self.eval()
         x = self.embed(x)
@@ -275,6 +275,7 @@ class RescaleViT(nn.Module):
         """Where tokens stand in `attention_maps`, their positions and filters; see models/__init__.py."""
         first = next(module for module in self.patch_embed.modules() if isinstance(module, nn.Conv2d))
         name = "patch embedding" if first is self.patch_embed.proj else "patch embedding, first convolution"
-        positions, filters = self.pos_embed[0, 1:], (name, first.weight)
+        filters = name, first.weight.view(first.out_channels, first.in_channels, *first.kernel_size)
+        positions = self.pos_embed[0, 1:]
         patches = dict(name="patches", grid=self.grid, first=0, start=1, positions=positions, filters=filters)
         return dict(class_token=0, scales=[patches])

@@ -59,10 +59,55 @@ class ConvStem(nn.Module):
         return self.layers(x)
 
 
+class FilterMatrix(nn.Conv2d):
+    """3x3 convolution without bias, its filters one matrix (out, in * 9), which is what the optimizer Muon takes."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.weight = nn.Parameter(self.weight.detach().flatten(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, rearrange(self.weight, "o (i h w) -> o i h w", h=3, w=3), None, self.stride, self.padding)
+
+
+class ResidualBlock(nn.Module):
+    """x + two convolutions, each with BatchNorm; then GELU."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.norm1 = FilterMatrix(channels, channels), nn.BatchNorm2d(channels)
+        self.conv2, self.norm2 = FilterMatrix(channels, channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x + self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x))))))
+
+
+class ResidualStem(nn.Module):
+    """As `ConvStem`, but with BatchNorm, and after each convolution a `ResidualBlock` (as in arXiv 1512.03385).
+
+    (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size).
+    """
+
+    def __init__(self, channels: int, dim: int, patch_size: int):
+        super().__init__()
+        self.stride, self.out_channels = patch_size, dim
+        layers = []
+        for i in reversed(range(patch_size.bit_length() - 1)):
+            width = max(1, dim >> i)
+            layers += [FilterMatrix(channels, width, stride=2), nn.BatchNorm2d(width), nn.GELU(), ResidualBlock(width)]
+            channels = width
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
 class PatchEmbed(nn.Module):
     """Image (b, c, h, w) -> tokens (b, n, d): a convolution with kernel = stride = patch, after the stem if any."""
 
-    def __init__(self, channels: int, dim: int, patch_size: int, stem: ResNetStem | ConvStem | None = None):
+    def __init__(
+        self, channels: int, dim: int, patch_size: int, stem: ResNetStem | ConvStem | ResidualStem | None = None
+    ):  # fmt: skip
         super().__init__()
         self.stem = stem or nn.Identity()
         if stem is not None:
@@ -154,17 +199,18 @@ class ViT(nn.Module):
         dropout, attn_drop: after the embeddings and both MLP layers; on the attention weights.
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
         stem_depths, stem_width: of a `ResNetStem`, (3, 4, 9) and 64 in R50; None for plain patches.
-        conv_stem: a `ConvStem` before the patch embedding, which is then a 1x1 convolution; patch_size is a power of 2.
+        conv_stem, residual_stem: a `ConvStem` or `ResidualStem` before the patch embedding, which is then a 1x1
+            convolution; patch_size is a power of 2.
         init: of weights from scratch, 'published' or 'timm'.
 
-    ValueError: sizes that don't divide, both kinds of stem, or an unknown `init`.
+    ValueError: sizes that don't divide, two stems, or an unknown `init`.
     """
 
     def __init__(
         self, *, image_size: int | tuple[int, int], patch_size: int, num_classes: int, dim: int, depth: int,
         heads: int, mlp_dim: int, channels: int = 3, dropout: float = 0.1, attn_drop: float = 0.0,
         drop_path: float = 0.0, stem_depths: tuple[int, int, int] | None = None, stem_width: int = 64,
-        conv_stem: bool = False, init: str = "published",
+        conv_stem: bool = False, residual_stem: bool = False, init: str = "published",
     ):  # fmt: skip
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -175,17 +221,17 @@ class ViT(nn.Module):
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         if stem_depths and patch_size % ResNetStem.stride:
             raise ValueError(f"patch size {patch_size} is not a multiple of {ResNetStem.stride}, the stem's stride")
-        if conv_stem and stem_depths:
-            raise ValueError("stem_depths and conv_stem ask for two stems")
-        if conv_stem and (patch_size == 1 or patch_size.bit_count() > 1):
+        if bool(stem_depths) + conv_stem + residual_stem > 1:
+            raise ValueError("stem_depths, conv_stem and residual_stem ask for more than one stem")
+        if (conv_stem or residual_stem) and (patch_size == 1 or patch_size.bit_count() > 1):
             raise ValueError(f"a conv stem needs patches of 2, 4, 8, ... pixels, not {patch_size}")
         if init not in ("published", "timm"):
             raise ValueError(f"unknown init {init!r}, one of published timm")
         self.image_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
         stem = ResNetStem(channels, stem_depths, stem_width) if stem_depths else None
-        if conv_stem:
-            stem = ConvStem(channels, dim, patch_size)
+        if conv_stem or residual_stem:
+            stem = (ConvStem if conv_stem else ResidualStem)(channels, dim, patch_size)
         self.patch_embed = PatchEmbed(channels, dim, patch_size, stem)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
@@ -237,18 +283,25 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """Image (b, c, h, w) -> attention of every block and head after softmax, (b, depth, heads, 1 + n, 1 + n)."""
+        """Image (b, c, h, w) -> attention of every block and head after softmax, (b, depth, heads, 1 + n, 1 + n).
+
+        Always in evaluation mode, so that looking changes no statistics.
+        """
+        training = self.training
+        self.eval()
         x = self.embed(x)
         maps = []
         for block in self.blocks:
             maps.append(block.attn.weights(block.norm1(x)))
             x = block(x)
+        self.train(training)
         return torch.stack(maps, dim=1)
 
     def token_layout(self) -> dict:
         """Where tokens stand in `attention_maps`, their positions and filters; see models/__init__.py."""
         first = next(module for module in self.patch_embed.modules() if isinstance(module, nn.Conv2d))
         name = "patch embedding" if first is self.patch_embed.proj else "patch embedding, first convolution"
-        positions, filters = self.pos_embed[0, 1:], (name, first.weight)
+        filters = name, first.weight.view(first.out_channels, first.in_channels, *first.kernel_size)
+        positions = self.pos_embed[0, 1:]
         patches = dict(name="patches", grid=self.grid, first=0, start=1, positions=positions, filters=filters)
         return dict(class_token=0, scales=[patches])

@@ -14,6 +14,7 @@ from utils.export import export
 MODELS = {
     "ViT": ("ViT-Ti_16", "LN", dict(patch_size=8)),
     "conv stem": ("ViT-Ti_16", "LN", dict(patch_size=8, conv_stem=True)),
+    "residual stem": ("ViT-Ti_16", "LN", dict(patch_size=8, residual_stem=True)),
     "BN": ("ViT-Ti_16", "BN", dict(patch_size=8)),
     "Rescale": ("ViT-Ti_16", "Rescale", dict(patch_size=8)),
     "DEMS": ("DEMS-Ti", "LN", dict(patch_size=4, merge_layer=(1, 2), merge_num=(16, 8))),

@@ -212,6 +212,7 @@ SIZE_MISTAKES = [
     ("--stem conv", "a conv stem needs patches of 2, 4, 8, ... pixels, not 7"),
     ("--model_type MViT-Ti --stem conv", "MViT-Ti with norm LN takes no conv_stem"),
     ("--norm_type BN --stem conv --patch_size 4", "ViT-Ti_16 with norm BN takes no conv_stem"),
+    ("--model_type DEMS-Ti --stem residual", "DEMS-Ti with norm LN takes no residual_stem"),
     ("--model_type MViT-Ti --img_sizes 10 28", "image size 10 is not divisible by patch size 7"),
     ("--model_type MViT-Ti --img_sizes 28 14", "don't rise to the image size"),
     ("--img_sizes 14 28", "ViT-Ti_16 with norm LN takes no image_sizes"),

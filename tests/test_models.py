@@ -21,6 +21,7 @@ TINY = dict(image_size=16, num_classes=5, patch_size=4, dim=32, depth=3, heads=2
 KINDS = {
     "ViT": ("ViT-Ti_16", "LN", TINY),
     "conv stem": ("ViT-Ti_16", "LN", TINY | dict(conv_stem=True)),
+    "residual stem": ("ViT-Ti_16", "LN", TINY | dict(residual_stem=True)),
     "BN": ("ViT-Ti_16", "BN", TINY),
     "GN": ("ViT-Ti_16", "GN", TINY),
     "Rescale": ("ViT-Ti_16", "Rescale", TINY),
@@ -209,6 +210,26 @@ def test_conv_stem():
     for conv, channels in zip(embed.stem.layers[::3], (16, 32), strict=True):
         x = torch.nn.functional.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
         x = torch.nn.functional.gelu(torch.nn.functional.layer_norm(x, (channels, *x.shape[2:])))
+    expected = torch.nn.functional.linear(x.flatten(2).mT, embed.proj.weight[:, :, 0, 0], embed.proj.bias)
+    assert tokens.shape == (4, 16, 32)
+    assert_close(tokens, expected)
+
+
+def test_residual_stem():
+    """A stage is a convolution that halves the sides and a residual block; BatchNorm after every convolution."""
+    embed = make("residual stem").patch_embed
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def convolved(x, conv, stride=1):
+        filters = conv.weight.view(-1, x.shape[1], 3, 3)
+        x = torch.nn.functional.conv2d(x, filters, stride=stride, padding=1)
+        return (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+
+    gelu, tokens = torch.nn.functional.gelu, embed(x)
+    for conv, block, channels in zip(embed.stem.layers[::4], embed.stem.layers[3::4], (16, 32), strict=True):
+        x = gelu(convolved(x, conv, stride=2))
+        x = gelu(x + convolved(gelu(convolved(x, block.conv1)), block.conv2))
+        assert x.shape[1] == channels
     expected = torch.nn.functional.linear(x.flatten(2).mT, embed.proj.weight[:, :, 0, 0], embed.proj.bias)
     assert tokens.shape == (4, 16, 32)
     assert_close(tokens, expected)
@@ -521,6 +542,7 @@ def test_patches_stand_where_the_image_has_them(kind):
         ("ViT", [("patch embedding", 4)]),
         ("BN", [("patch embedding", 4)]),
         ("conv stem", [("patch embedding, first convolution", 3)]),
+        ("residual stem", [("patch embedding, first convolution", 3)]),
         ("hybrid", [("patch embedding, first convolution", 7)]),
         ("DEMS", [(f"{side} px patches", side) for side in (1, 2, 4, 8)]),
         (
@@ -609,7 +631,7 @@ def test_vit_names_are_timms():
         ("hybrid", dict(patch_size=8), "patch size 8 is not a multiple of 16, the stem's stride"),
         ("hybrid", dict(stem_depths=(1, 1)), "stem depths 1 1 are not three, one a block"),
         ("hybrid", dict(stem_width=48), "stem width 48 is not a multiple of 32, the groups of its norms"),
-        ("hybrid", dict(conv_stem=True), "stem_depths and conv_stem ask for two stems"),
+        ("hybrid", dict(conv_stem=True), "stem_depths, conv_stem and residual_stem ask for more than one stem"),
         ("DEMS", dict(image_size=20), "image size 20 is not divisible by 8, 8 x patch size 1"),
         ("DEMS", dict(heads=3), "dim 32 is not divisible by heads 3"),
         ("DEMS", dict(dim=30), "dim 30 is not divisible by 4, as DEMS needs"),

@@ -13,6 +13,7 @@ from utils.optim import Average, Chain, make_optimizer, make_scaler, parameter_g
 
 MODELS = [
     ("ViT-Ti_16", "LN", dict(patch_size=4)),
+    ("ViT-Ti_16", "LN", dict(patch_size=4, residual_stem=True)),
     ("ViT-Ti_16", "Rescale", dict(patch_size=4)),
     ("DEMS-Ti", "LN", dict(patch_size=2, merge_num=(16, 8), merge_layer=(1, 2))),
     ("MViT-Ti", "LN", dict(patch_size=4)),
@@ -102,7 +103,7 @@ def test_optimizers(opt, kind):
 
 
 @pytest.mark.parametrize("model_type, norm_type, words", MODELS)
-def test_muon_takes_the_matrices_of_the_blocks(model_type, norm_type, words):
+def test_muon_takes_the_matrices_of_blocks_and_stem(model_type, norm_type, words):
     model = create_model(model_type, norm_type, image_size=16, num_classes=10, **SIZES, **words)
     chain = make_optimizer(model, flags("muon"), torch.device("cpu"))
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -111,7 +112,9 @@ def test_muon_takes_the_matrices_of_the_blocks(model_type, norm_type, words):
         for optimizer in chain.optimizers
     )
     assert not names
-    assert all(re.match(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name) for name in muon)
+    places = r"blocks\.\d+\.(attn|mlp)\.\w+\.weight|patch_embed\.stem\.layers\.\d+\.(conv\d\.)?weight"
+    assert all(re.fullmatch(places, name) for name in muon)
+    assert sum(name.startswith("patch_embed") for name in muon) == 6 * words.get("residual_stem", False)
     assert not any(name.startswith("blocks.") and name.endswith(("qkv.weight", "fc1.weight")) for name in adamw)
     assert all("lr_scale" in group for group in chain.param_groups)
 

@@ -218,9 +218,12 @@ def test_a_run_without_fingerprint_goes_on(begun, photos):
     assert "is finished" in begun()
 
 
-@pytest.mark.parametrize("norm, goes_on", [("LN", True), ("BN", False), ("Rescale", False)])
-def test_other_accumulation_goes_on_unless_norms_count_passes(photos, norm, goes_on):
-    run = words(photos, "--norm_type", norm)
+@pytest.mark.parametrize(
+    "flags, goes_on",
+    [("", True), ("--norm_type BN", False), ("--norm_type Rescale", False), ("--stem residual --patch_size 4", False)],
+)
+def test_other_accumulation_goes_on_unless_norms_count_passes(photos, flags, goes_on):
+    run = words(photos, *flags.split())
     assert in_process("train.py", *run).returncode == 0
     done = in_process("train.py", *run, "--gradient_accumulation_steps", "2")
     assert ("is finished" in done.stdout) == goes_on, done.stderr

@@ -61,7 +61,8 @@ def models(draw, odd: bool = False) -> dict:
         dropout=0.0,
     )
     if family in ("ViT", "DEMS") and sizes["norm_type"] == "LN":
-        sizes["conv_stem"] = draw(st.booleans()) and (odd or patch in (2, 4, 8))
+        stem = "conv_stem" if family == "DEMS" else draw(st.sampled_from(["conv_stem", "residual_stem"]))
+        sizes[stem] = draw(st.booleans()) and (odd or patch in (2, 4, 8))
     if family == "R50":
         sizes |= dict(stem_depths=(1, 1, 1), stem_width=32)
     if family == "DEMS":

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+HIDDEN = ("blocks.", "patch_embed.stem.")  # where Muon looks for matrices
+
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, exempt: bool = True, skip_bias_norm: bool = False,
@@ -64,8 +66,8 @@ class Chain:
 def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> torch.optim.Optimizer | Chain:
     """SGD with momentum 0.9, AdamW, or Muon (arXiv 2502.16982) with AdamW, as the flags say.
 
-    Muon takes the matrices of the blocks, with updates scaled to AdamW's usual size, so that learning rates and weight
-    decay mean the same for both; embeddings, head, biases and norms are AdamW's.
+    Muon takes the matrices of the blocks and of a stem, with updates scaled to AdamW's usual size, so that learning
+    rates and weight decay mean the same for both; embeddings, head, biases and norms are AdamW's.
     """
     groups = parameter_groups(
         model, args.weight_decay, exempt=args.opt != "sgd" and not args.weight_decay_on_all,
@@ -79,7 +81,7 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     adamw = dict(lr=args.learning_rate, betas=tuple(args.betas), fused=fused)
-    hidden = (p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2)
+    hidden = (p for name, p in model.named_parameters() if name.startswith(HIDDEN) and p.ndim == 2)
     matrices = {p for p in hidden if p.requires_grad}
     if args.opt == "adamw" or not matrices:
         return torch.optim.AdamW(groups, **adamw)

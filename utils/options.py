@@ -18,6 +18,7 @@ EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 HIDDEN = argparse.SUPPRESS
 DATA_DIR = "data"
 MODEL = dict(model_type="ViT-B_16", norm_type="LN", img_size=224)  # defaults, where no checkpoint says it
+STEMS = ("conv", "residual")  # --stem, words of models with `_stem` behind them
 SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()
 
 
@@ -91,7 +92,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--norm_type", choices=norm_types, default=None, help="[LN]")
     for name, text in (("patch_size", "pixels"), ("dim", "width"), ("depth", "blocks"), ("heads", "attention heads"), ("mlp_dim", "hidden width of the MLPs")):
         g.add_argument(f"--{name}", type=cli.positive_int, default=None, help=f"{text}, instead of the model type's")
-    g.add_argument("--stem", choices=["none", "conv"], default=None, help="ViT with norm LN, and DEMS: conv puts 3x3 convolutions of stride 2 before the patch embedding; --patch_size is a power of 2 [none]")
+    g.add_argument("--stem", choices=["none", *STEMS], default=None, help="ViT with norm LN, and DEMS: conv puts 3x3 convolutions of stride 2 before the patch embedding; residual, ViT only, adds BatchNorm and a residual block after each; --patch_size is a power of 2 [none]")
     g.add_argument("--init", choices=["published", "timm"], default=None, help="ViT with norm LN: weights from scratch as in the reference, or as timm's: truncated normal, zero biases [published]")
     g.add_argument("--merge_num", type=cli.positive_int, nargs="+", default=None, help="DEMS: tokens that a region keeps at each merge [64 64 for Ti, 64 32 for S]")
     g.add_argument("--merge_layer", type=cli.positive_int, nargs="+", default=None, help="DEMS: the blocks, counted from 1, that the merges come before [6 10]")
@@ -312,7 +313,7 @@ def resolve_model(args: argparse.Namespace, config: dict, row: dict) -> None:
         word = words.get(name, name)
         its, whole, asked = config.get(word), (row | config).get(word), args.asked.get(name)
         if name == "stem":
-            its = whole = "conv" if config.get("conv_stem") else None
+            its = whole = next((stem for stem in STEMS if config.get(f"{stem}_stem")), None)
             asked = None if asked == "none" and not its else asked
         if asked is None:
             setattr(args, name, its)
@@ -361,8 +362,8 @@ def model_config(args: argparse.Namespace) -> dict:
     overrides |= {name: getattr(args, name) for name in ("attn_drop", "drop_path") if getattr(args, name)}
     if args.img_sizes:
         overrides["image_sizes"] = args.img_sizes
-    if args.stem == "conv":
-        overrides["conv_stem"] = True
+    if args.stem:
+        overrides[f"{args.stem}_stem"] = True
     return dict(model_type=args.model_type, norm_type=args.norm_type, image_size=args.img_size, **overrides)
 
 

@@ -102,7 +102,8 @@ class RunFiles:
             steps = max(1, round(now["epochs"] * old["num_steps"] / old["epochs"]))
             now = now | dict(epochs=None, num_steps=steps)
         # accumulation makes the same update of more passes, except where each pass has statistics of its own
-        free = {*free} if now.get("norm_type") in ("BN", "Rescale") else {*free, "gradient_accumulation_steps"}
+        if now.get("norm_type") not in ("BN", "Rescale") and now.get("stem") != "residual":
+            free = {*free, "gradient_accumulation_steps"}
         return [
             f"{name} {old[name]} -> {value}"
             for name, value in now.items()
