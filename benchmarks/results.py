@@ -5,9 +5,9 @@
     python benchmarks/results.py --commands fast                   # the command of every row
     python plot.py benchmarks/results                              # curves of the kept logs
 
-Groups: fast, ablation, models, norms. Each row is a train.py run a seed on the complete Fashion-MNIST, which is
-downloaded where it is missing, on one CPU core. Weights and TensorBoard go to --output_dir, the .jsonl to
-benchmarks/results/GROUP/.
+Groups: cifar10 on CIFAR-10; fast, ablation, models, norms on Fashion-MNIST; both are downloaded where they are missing.
+Each row is a train.py run a seed, on one CPU core. Weights and TensorBoard go to --output_dir, the .jsonl to
+benchmarks/results/GROUP/. Other flags go to train.py: CIFAR-10 as a folder is --dataset imagefolder --data_dir FOLDER.
 """
 
 import argparse
@@ -41,6 +41,10 @@ HELD_OUT = "@recipes/fast_vit_fashionmnist.args --val_fraction 0.1"
 LARGE_BATCH = "--train_batch_size 128 --num_steps 600 --warmup_steps 60"
 USUAL = f"{COMMON} --opt adamw --lr 3e-3 --train_batch_size 128 --eval_every 300"
 GROUPS = {
+    "cifar10": {
+        "ViT, residual stem, 14 epochs": "@recipes/fast_vit_cifar10.args",
+        "ViT, residual stem, 4.5 epochs": "@recipes/fast_vit_cifar10_10min.args",
+    },
     "fast": {
         "ViT, AdamW, all steps": f"{VIT_28} {USUAL} --num_steps 2400 --warmup_steps 240",
         "ViT, fast recipe, a quarter of the epochs": "@recipes/fast_vit_fashionmnist.args",
@@ -80,13 +84,13 @@ def command(group: str, row: str, seed: int | str) -> list[str]:
     return ["train.py", *GROUPS[group][row].split(), "--name", run_name(group, row), "--seed", str(seed)]
 
 
-def run(group: str, row: str, seed: int, data_dir: str, folder: Path) -> None:
-    """Train one row with one seed, unless its log is kept already."""
+def run(group: str, row: str, seed: int, data_dir: str, folder: Path, more: list[str]) -> None:
+    """Train one row with one seed, and with flags `more`, unless its log is kept already."""
     kept = KEPT / group
     if find(group, row, seed):
         return
     places = ["--device", "cpu", "--data_dir", data_dir, "--output_dir", str(folder), "--log_dir", str(folder / "logs")]
-    words = [sys.executable, *command(group, row, seed), *places]
+    words = [sys.executable, *command(group, row, seed), *places, *more]
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stderr}")
@@ -124,15 +128,15 @@ def table(group: str) -> None:
     lines = []
     for row, runs in rows.items():
         start, ends = runs[0][0], [end for *_, end in runs]
+        flags = start["settings"]
         lines.append({
             group: row,
             "parameters": f"{start['parameters']:,}",
             "MFLOPs": f"{1000 * start['gflops']:.1f}",
-            "steps": f"{start['settings']['num_steps']:,}",
-            "epochs": f"{start['settings']['epochs']:.1f}",
+            "epochs": f"{flags['epochs']:.1f}",
+            "PFLOP": f"{3e-6 * start['gflops'] * flags['num_steps'] * flags['train_batch_size']:.3f}",
             "seeds": len(runs),
-            f"{chosen}, last, %": spread([end["last_accuracy"] for end in ends]),
-            f"{chosen}, best, %": spread([end["best_accuracy"] for end in ends]),
+            f"{chosen}, %": spread([end["last_accuracy"] for end in ends]),
             "minutes": f"{statistics.median(end['seconds'] for end in ends) / 60:.1f}",
         })  # fmt: skip
     print_table(lines)
@@ -146,14 +150,14 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--output_dir", type=Path, default=Path("output/results"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one core each [2]")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     for group in args.commands:
         for row in GROUPS[group]:
             print("python " + " ".join(command(group, row, "1")))
     folder = args.output_dir.resolve()
     cells = [(group, row, seed) for group in args.run for seed in args.seeds or SEEDS for row in GROUPS[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda cell: run(*cell, args.data_dir, folder), cells))
+        list(pool.map(lambda cell: run(*cell, args.data_dir, folder, more), cells))
     if not args.commands:
         for group in args.run or GROUPS:
             table(group)

@@ -62,12 +62,12 @@ class ConvStem(nn.Module):
 class FilterMatrix(nn.Conv2d):
     """3x3 convolution without bias, its filters one matrix (out, in * 9), which is what the optimizer Muon takes."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
-        super().__init__(in_channels, out_channels, 3, stride, padding=1, bias=False)
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
         self.weight = nn.Parameter(self.weight.detach().flatten(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, rearrange(self.weight, "o (i h w) -> o i h w", h=3, w=3), None, self.stride, self.padding)
+        return F.conv2d(x, rearrange(self.weight, "o (i h w) -> o i h w", h=3, w=3), padding=1)
 
 
 class ResidualBlock(nn.Module):
@@ -83,9 +83,9 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualStem(nn.Module):
-    """As `ConvStem`, but with BatchNorm, and after each convolution a `ResidualBlock` (as in arXiv 1512.03385).
+    """3x3 convolutions, each with max-pooling, BatchNorm, GELU and a `ResidualBlock` (as in arXiv 1512.03385).
 
-    (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size).
+    (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size); channels double up to dim on the way.
     """
 
     def __init__(self, channels: int, dim: int, patch_size: int):
@@ -94,7 +94,8 @@ class ResidualStem(nn.Module):
         layers = []
         for i in reversed(range(patch_size.bit_length() - 1)):
             width = max(1, dim >> i)
-            layers += [FilterMatrix(channels, width, stride=2), nn.BatchNorm2d(width), nn.GELU(), ResidualBlock(width)]
+            layers += [FilterMatrix(channels, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
+            layers.append(ResidualBlock(width))
             channels = width
         self.layers = nn.Sequential(*layers)
 

@@ -216,18 +216,18 @@ def test_conv_stem():
 
 
 def test_residual_stem():
-    """A stage is a convolution that halves the sides and a residual block; BatchNorm after every convolution."""
+    """A stage is a convolution, halved by pooling, and a residual block; BatchNorm after every convolution."""
     embed = make("residual stem").patch_embed
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
-    def convolved(x, conv, stride=1):
+    def convolved(x, conv, pool=1):
         filters = conv.weight.view(-1, x.shape[1], 3, 3)
-        x = torch.nn.functional.conv2d(x, filters, stride=stride, padding=1)
+        x = torch.nn.functional.max_pool2d(torch.nn.functional.conv2d(x, filters, padding=1), pool)
         return (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
 
     gelu, tokens = torch.nn.functional.gelu, embed(x)
-    for conv, block, channels in zip(embed.stem.layers[::4], embed.stem.layers[3::4], (16, 32), strict=True):
-        x = gelu(convolved(x, conv, stride=2))
+    for conv, block, channels in zip(embed.stem.layers[::5], embed.stem.layers[4::5], (16, 32), strict=True):
+        x = gelu(convolved(x, conv, pool=2))
         x = gelu(x + convolved(gelu(convolved(x, block.conv1)), block.conv2))
         assert x.shape[1] == channels
     expected = torch.nn.functional.linear(x.flatten(2).mT, embed.proj.weight[:, :, 0, 0], embed.proj.bias)
