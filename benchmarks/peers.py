@@ -18,12 +18,11 @@ from utils import cli, dist_util, options
 
 
 def timm_vit(image_size, num_classes, patch_size, dim, depth, heads, mlp_dim, dropout=0.0, drop_path=0.0):
-    model = VisionTransformer(
+    return VisionTransformer(
         img_size=image_size, patch_size=patch_size, num_classes=num_classes, embed_dim=dim, depth=depth,
         num_heads=heads, mlp_ratio=mlp_dim / dim, proj_drop_rate=dropout, pos_drop_rate=dropout,
         drop_path_rate=drop_path,
     )  # fmt: skip
-    return model
 
 
 def cct(image_size, num_classes, patch_size, dropout=0.0, attn_drop=0.1, drop_path=0.1):
@@ -34,11 +33,14 @@ def cct(image_size, num_classes, patch_size, dropout=0.0, attn_drop=0.1, drop_pa
     )  # fmt: skip
 
 
-MODELS["timm-ViT"] = dict(cls=timm_vit, patch_size=4, dim=192, depth=12, heads=3, mlp_dim=768)
-MODELS["CCT-2_3x2"] = dict(cls=cct, patch_size=4)
+PEERS = {
+    "timm-ViT": dict(cls=timm_vit, patch_size=4, dim=192, depth=12, heads=3, mlp_dim=768),
+    "CCT-2_3x2": dict(cls=cct, patch_size=4),
+}
 
 
 def main(words: list[str]) -> int:
+    MODELS.update(PEERS)
     return train.main(options.parse_train_args(MODELS, NORM_TYPES, words))
 
 

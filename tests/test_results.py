@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from helpers import ROOT, TINY, places
+from helpers import ROOT, TINY, call, places
 
 from models import MODELS, NORM_TYPES
 from utils import options
@@ -16,16 +16,26 @@ import results  # noqa: E402
 import speed  # noqa: E402
 
 CELLS = [(group, row, seed) for group, rows in results.GROUPS.items() for row in rows for seed in results.SEEDS]
+RUN = [cell for cell in CELLS if results.find(*cell)]
 
 
-@pytest.mark.parametrize("group, row, seed", CELLS)
-def test_every_row_is_a_finished_run_of_its_command(monkeypatch, group, row, seed):
+def test_every_kept_log_is_of_a_row():
+    kept = {path for group in results.GROUPS for path in (results.KEPT / group).glob("*.jsonl")}
+    assert kept == {results.find(*cell) for cell in RUN}
+    assert {group for group, _, _ in RUN} == {*results.GROUPS}
+
+
+@pytest.mark.parametrize("group, row, seed", RUN)
+def test_every_kept_log_is_a_finished_run_of_its_command(monkeypatch, group, row, seed):
     monkeypatch.chdir(ROOT)
     start, *_, end = results.records(results.find(group, row, seed))
     args = options.parse_train_args(MODELS, NORM_TYPES, results.command(group, row, seed)[1:])
     assert end["event"] == "end" and end["step"] == args.num_steps == start["settings"]["num_steps"]
     known = {name: value for name, value in settings(args).items() if value is not None}
     apart = {"data_dir", "epochs"}  # where the data lay; filled in when it is loaded
+    if args.dataset == "cifar10":  # or the same images as a folder
+        apart.add("dataset")
+        assert start["settings"]["dataset"] in ("cifar10", "imagefolder") and start["images"][0] in (50000, 45000)
     recorded = json.loads(json.dumps(known))
     assert {
         name for name in recorded if name not in apart and start["settings"].get(name, False) != recorded[name]
@@ -37,10 +47,19 @@ def test_tables_are_made_of_the_logs(capsys):
     for group in results.GROUPS:
         results.table(group)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == sum(2 + len(rows) for rows in results.GROUPS.values())
+    assert len(lines) == 2 * len(results.GROUPS) + len({(group, row) for group, row, _ in RUN})
     files = [path for path in (ROOT / "README.md", ROOT / "docs" / "results.md") if path.is_file()]
     shown = {line for path in files for line in path.read_text(encoding="utf-8").splitlines()}
     assert [line for line in lines if line not in shown] == []
+
+
+@pytest.mark.parametrize(
+    "sizes, parameters",
+    [("CCT-2_3x2", "(281,803)"), ("timm-ViT --dim 128 --depth 6 --heads 4 --mlp_dim 512", "(1,203,978)")],
+)
+def test_models_of_others_train_under_the_same_loop(tmp_path, sizes, parameters):
+    words = f"--model_type {sizes} --dataset fashionmnist-mini --img_size 28 --train_batch_size 32 --num_steps 2 --bf16"
+    assert parameters in call("benchmarks/peers.py", *words.split(), *places(tmp_path)).stdout
 
 
 def test_speed_tables_are_made_of_the_figures(monkeypatch, capsys):
