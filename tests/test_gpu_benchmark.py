@@ -43,7 +43,7 @@ def wrong_models(monkeypatch):
 def test_wrong_models_are_told(wrong_models):
     rows = list(gpu.in_float64(CPU, toy=True))
     assert {next(iter(row.values())): row["ok"] for row in rows if not row["ok"]} == {"crashes": False, "errs": False}
-    assert len(rows) == 5 + 5  # other norms, conv stems
+    assert len(rows) == 5 + 6  # other norms, stems
 
 
 def test_a_wrong_gradient_sum_is_told(monkeypatch):

@@ -104,7 +104,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--load_model_dir", default=None, metavar="FILE", help="weights, head included, to evaluate (-v) or to continue training from")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--opt", choices=["sgd", "adamw", "muon"], default="sgd", help="sgd has momentum 0.9; muon takes the matrices of the blocks, at AdamW's scale of learning rates, and AdamW the rest")
+    g.add_argument("--opt", choices=["sgd", "adamw", "muon"], default="sgd", help="sgd has momentum 0.9; muon takes the matrices of the blocks and of --stem residual, at AdamW's scale of learning rates, and AdamW the rest")
     g.add_argument("--betas", type=cli.rate, nargs=2, default=[0.9, 0.999], help="of AdamW")
     g.add_argument("--num_steps", action=Replaces, const="epochs", type=cli.positive_int, default=10000, help="updates; of --num_steps and --epochs the last one given counts")
     g.add_argument("--epochs", action=Replaces, const="num_steps", type=cli.positive, default=None, help="passes over the training images, instead of --num_steps")
