@@ -151,6 +151,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("output/results"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one core each [2]")
     args, more = parser.parse_known_args()
+    if more and not args.run:
+        parser.error(f"{' '.join(more)}: flags of train.py go with --run")
     for group in args.commands:
         for row in GROUPS[group]:
             print("python " + " ".join(command(group, row, "1")))

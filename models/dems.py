@@ -78,9 +78,12 @@ class ConvStem(nn.Module):
         layers = []
         for i in reversed(range(patch_size.bit_length() - 1)):
             width = max(1, dim >> i)
-            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.GELU()]
+            layers += self.stage(channels, width)
             channels = width
         self.layers = nn.Sequential(*layers)
+
+    def stage(self, channels: int, width: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.GELU()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)

@@ -51,9 +51,12 @@ class ConvStem(nn.Module):
         layers = []
         for i in reversed(range(patch_size.bit_length() - 1)):
             width = max(1, dim >> i)
-            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.GELU()]
+            layers += self.stage(channels, width)
             channels = width
         self.layers = nn.Sequential(*layers)
+
+    def stage(self, channels: int, width: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.GELU()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
@@ -82,33 +85,18 @@ class ResidualBlock(nn.Module):
         return F.gelu(x + self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x))))))
 
 
-class ResidualStem(nn.Module):
-    """3x3 convolutions, each with max-pooling, BatchNorm, GELU and a `ResidualBlock` (as in arXiv 1512.03385).
+class ResidualStem(ConvStem):
+    """The same, but a stage has max-pooling, BatchNorm, GELU and a `ResidualBlock` (as in arXiv 1512.03385)."""
 
-    (b, channels, h, w) -> (b, dim, h / patch_size, w / patch_size); channels double up to dim on the way.
-    """
-
-    def __init__(self, channels: int, dim: int, patch_size: int):
-        super().__init__()
-        self.stride, self.out_channels = patch_size, dim
-        layers = []
-        for i in reversed(range(patch_size.bit_length() - 1)):
-            width = max(1, dim >> i)
-            layers += [FilterMatrix(channels, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
-            layers.append(ResidualBlock(width))
-            channels = width
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
+    def stage(self, channels: int, width: int) -> list[nn.Module]:
+        pooled = [FilterMatrix(channels, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
+        return [*pooled, ResidualBlock(width)]
 
 
 class PatchEmbed(nn.Module):
     """Image (b, c, h, w) -> tokens (b, n, d): a convolution with kernel = stride = patch, after the stem if any."""
 
-    def __init__(
-        self, channels: int, dim: int, patch_size: int, stem: ResNetStem | ConvStem | ResidualStem | None = None
-    ):  # fmt: skip
+    def __init__(self, channels: int, dim: int, patch_size: int, stem: ResNetStem | ConvStem | None = None):
         super().__init__()
         self.stem = stem or nn.Identity()
         if stem is not None:
