@@ -224,7 +224,7 @@ def throughput_row(name: str, path: Path) -> list[dict]:
     row = {"bf16": name, training: cell("end to end", training), "batch in place": cell("in place", training)}
     row |= {"timm": cell("timm", training), mfu: cell("end to end", mfu), "timm's MFU, %": cell("timm", mfu)}
     row |= {evaluation: cell("end to end", evaluation), "timm's": cell("timm", evaluation)}
-    return [row | {"peak, TFLOP/s": found["title"].rpartition("peak ")[2].partition(" TFLOP")[0]}]
+    return [row | {"peak, TFLOP/s": found["title"].partition("peak ")[2].partition(" TFLOP")[0]}]
 
 
 def ways(device: torch.device, toy: bool) -> Iterator[dict]:
@@ -390,7 +390,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--slice", type=float, default=9.5, help="minutes after which this command ends [9.5]")
     parser.add_argument("--data_dir", type=Path, help="CIFAR-10, as an image folder or in torchvision's format")
     parser.add_argument("--recipes", nargs="+", help="[rescalevit_cifar10 vit_ti_cifar10_32; demo without --data_dir]")
-    parser.add_argument("--only", nargs="+", choices=ENDS, default=[*ENDS], metavar="PART", help=" ".join(ENDS))
+    parser.add_argument("--only", nargs="+", default=[*ENDS], help=f"parts ({', '.join(ENDS)}) or items, by name")
     parser.add_argument(
         "--again", action="store_true", help="do anew what is done or failed; without it again to go on"
     )
@@ -417,11 +417,14 @@ def main(words: list[str] | None = None) -> int:
         return 0
     if args.device == "auto" and not args.smoke and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --smoke tries all of it at toy size, on a CPU too")
+    everything = plan(args)
+    if unknown := {*args.only} - {*ENDS} - {item.name for item in everything}:
+        parser.error(f"--only {' '.join(unknown)}: there are {'; '.join([*ENDS, *(item.name for item in everything)])}")
+    items = [item for item in everything if {item.part, item.name} & {*args.only}]
     if args.again:
-        kept = {name: item for name, item in kept.items() if item["part"] not in args.only}
+        kept = {name: item for name, item in kept.items() if name not in {item.name for item in items}}
     for folder in (args.runs, path.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    items = [item for item in plan(args) if item.part in args.only]
     began, fresh = time.monotonic(), dict(state="unfinished", seconds=0)
     here = machine(choose_device(args.device)) + ("; toy sizes" if args.smoke else "")
     for late in (False, True):  # at last what its part had no time for

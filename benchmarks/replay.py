@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from common import machine, print_table
 
 from models import MODELS, NORM_TYPES
 from utils import options
+from utils.device import choose_device
 from utils.run_files import RunFiles, read_records, run_id
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def replay(norm: str, steps: int, words: list[str]) -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     text = log.read_text(encoding="utf-8").replace(f'"data_dir": {json.dumps(args.data_dir)}', '"data_dir": "data"')
     (KEPT / f"{norm}.jsonl").write_text(text, encoding="utf-8")
-    (KEPT / "machine.txt").write_text(machine(torch.device("cpu")))
+    (KEPT / "machine.txt").write_text(machine(choose_device(args.device)))
 
 
 def main() -> None:

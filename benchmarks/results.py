@@ -19,9 +19,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from common import machine, print_table
 
+from utils.device import choose_device
 from utils.results import mean_and_spread
 from utils.run_files import read_records
 
@@ -40,10 +40,31 @@ VIT_28 = "--model_type ViT-Ti_16 --img_size 28 --patch_size 4 --dim 64 --heads 4
 HELD_OUT = "@recipes/fast_vit_fashionmnist.args --val_fraction 0.1"
 LARGE_BATCH = "--train_batch_size 128 --num_steps 600 --warmup_steps 60"
 USUAL = f"{COMMON} --opt adamw --lr 3e-3 --train_batch_size 128 --eval_every 300"
+CIFAR = "--dataset cifar10 --bf16 --dropout 0 --weight_decay 0.05 --aug pad --normalize cifar --smoothing 0.1"
+CIFAR += " --opt adamw --train_batch_size 256 --num_steps 2000 --warmup_steps 200 --eval_every 500"
+CIFAR += " --img_size 32 --patch_size 4 --dim 128 --heads 4 --mlp_dim 512"
+DEMS_6 = "--model_type DEMS-Ti --depth 6 --merge_layer 2 4 --merge_num 64 32"
+KINDS = {
+    "ViT": "--model_type ViT-Ti_16 --depth 6",
+    **{f"ViT, {norm}": f"--model_type ViT-Ti_16 --depth 6 --norm_type {norm}" for norm in ("BN", "GN", "Rescale")},
+    "ViT, conv stem": "--model_type ViT-Ti_16 --depth 6 --stem conv",
+    "ViT, residual stem": "--model_type ViT-Ti_16 --depth 2 --stem residual",
+    "MViT": "--model_type MViT-Ti --depth 4 --img_sizes 16 32",
+    "DEMS": DEMS_6,
+    "DEMS, conv stem": f"{DEMS_6} --stem conv",
+    "DEMS, its augmentation": f"{DEMS_6} --aug dems --scale 0.2 1",
+}
+RATES = ("5e-4", "1e-3", "2e-3")
 GROUPS = {
     "cifar10": {
         "ViT, residual stem, 14 epochs": "@recipes/fast_vit_cifar10.args",
         "ViT, residual stem, 4.5 epochs": "@recipes/fast_vit_cifar10_10min.args",
+    },
+    "equal": {kind: f"{CIFAR} {flags} --lr 1e-3" for kind, flags in KINDS.items()},
+    "equal_lr": {
+        f"{kind}, {lr}": f"{CIFAR} {flags} --lr {lr} --val_fraction 0.1"
+        for kind, flags in KINDS.items()
+        for lr in RATES
     },
     "fast": {
         "ViT, AdamW, all steps": f"{VIT_28} {USUAL} --num_steps 2400 --warmup_steps 240",
@@ -84,13 +105,15 @@ def command(group: str, row: str, seed: int | str) -> list[str]:
     return ["train.py", *GROUPS[group][row].split(), "--name", run_name(group, row), "--seed", str(seed)]
 
 
-def run(group: str, row: str, seed: int, data_dir: str, folder: Path, more: list[str]) -> None:
+def run(
+    group: str, row: str, seed: int, *, data_dir: str, folder: Path, device: str, jobs: int, more: list[str]
+) -> None:
     """Train one row with one seed, and with flags `more`, unless its log is kept already."""
     kept = KEPT / group
     if find(group, row, seed):
         return
-    places = ["--device", "cpu", "--data_dir", data_dir, "--output_dir", str(folder), "--log_dir", str(folder / "logs")]
-    words = [sys.executable, *command(group, row, seed), *places, *more]
+    places = ["--data_dir", data_dir, "--output_dir", str(folder), "--log_dir", str(folder / "logs")]
+    words = [sys.executable, *command(group, row, seed), "--device", device, *places, *more]
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stderr}")
@@ -100,7 +123,8 @@ def run(group: str, row: str, seed: int, data_dir: str, folder: Path, more: list
     (kept / log.name).write_text(
         log.read_text(encoding="utf-8").replace(own_place, '"data_dir": "data"'), encoding="utf-8"
     )
-    (kept / "machine.txt").write_text(f"{machine(torch.device('cpu'))}, one core a run")
+    where = "one core a run" if device == "cpu" else f"{jobs} runs at a time"
+    (kept / "machine.txt").write_text(f"{machine(choose_device(device))}, {where}")
     print(f"{log.stem}: {records(log)[-1]['seconds'] / 60:.1f} min", flush=True)
 
 
@@ -149,6 +173,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="some of them only [all]")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--output_dir", type=Path, default=Path("output/results"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one core each [2]")
     args, more = parser.parse_known_args()
     if more and not args.run:
@@ -159,7 +184,8 @@ def main() -> None:
     folder = args.output_dir.resolve()
     cells = [(group, row, seed) for group in args.run for seed in args.seeds or SEEDS for row in GROUPS[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda cell: run(*cell, args.data_dir, folder, more), cells))
+        words = dict(data_dir=args.data_dir, folder=folder, device=args.device, jobs=args.jobs, more=more)
+        list(pool.map(lambda cell: run(*cell, **words), cells))
     if not args.commands:
         for group in args.run or GROUPS:
             table(group)

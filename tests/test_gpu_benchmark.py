@@ -181,7 +181,7 @@ def test_smoke(tmp_path, capsys):
     numbers += [
         float(row[name].split()[0].replace(",", ""))
         for row in parts["throughput"]
-        for name in ("training, images/s", "timm")
+        for name in ("training, images/s", "timm", "peak, TFLOP/s")
     ]
     assert all(number > 0 for number in numbers), numbers
     assert gpu.main(["--markdown", "--json", str(tmp_path / "gpu.json")]) == 0
