@@ -2,7 +2,7 @@
 
     python benchmarks/replay.py --data_dir data                   # four norms, 500 of 20,000 steps each
     python benchmarks/replay.py --norms LN --steps 1000           # other flags go to train.py
-    python benchmarks/replay.py --steps 0                         # the table, from benchmarks/results/replay/
+    python benchmarks/replay.py --steps 0 --figure replay.png     # table and curves of benchmarks/results/replay/
 
 Runs of recipes/rescalevit_cifar10.args, learning rates of 20,000 steps included, that are stopped at --steps. The same
 command goes on with them. 500 steps are 1.6 PFLOP, and five evaluations 0.4.
@@ -10,6 +10,7 @@ command goes on with them. 500 steps are 1.6 PFLOP, and five evaluations 0.4.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from models import MODELS, NORM_TYPES
 from utils import options
 from utils.device import choose_device
 from utils.run_files import RunFiles, read_records, run_id
+from utils.vis_utils import legend_below, new_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "replay"
@@ -61,10 +63,31 @@ def replay(norm: str, steps: int, words: list[str]) -> None:
     (KEPT / "machine.txt").write_text(machine(choose_device(args.device)))
 
 
+def shown(ours: float | None, published: float, digits: int) -> str:
+    return f"{'-' if ours is None else f'{ours:.{digits}f}'} / {published:.{digits}f}"
+
+
+def draw(path: Path) -> None:
+    """Accuracy against steps, a panel for each norm."""
+    figure = new_figure(
+        10, 3.2, "RescaleViT, ViT-B_32 on CIFAR-10 from scratch: test accuracy, %, over the first steps"
+    )
+    panels = figure.subplots(1, len(PUBLISHED), sharey=True)
+    for axes, (norm, (accuracy, _)) in zip(panels, PUBLISHED.items(), strict=True):
+        ours = evaluations(KEPT / f"{norm}.jsonl")
+        axes.plot(STEPS, accuracy, "o--", color="0.5", markersize=4, label="published")
+        steps = [step for step in STEPS if step in ours]
+        axes.plot(steps, [100 * ours[step]["accuracy"] for step in steps], "o-", markersize=4, label="ours")
+        axes.set(title=norm, xlabel="step", xticks=STEPS)
+    legend_below(figure)
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--norms", nargs="+", choices=NORM_TYPES, default=NORM_TYPES)
     parser.add_argument("--steps", type=int, default=STEPS[-1])
+    parser.add_argument("--figure", type=Path, metavar="PNG")
     own, words = parser.parse_known_args()
     for norm in own.norms if own.steps else ():
         replay(norm, own.steps, words)
@@ -72,17 +95,19 @@ def main() -> None:
     for norm, (accuracy, loss) in PUBLISHED.items():
         ours = evaluations(KEPT / f"{norm}.jsonl")
         for what, published in (("accuracy", accuracy), ("loss", loss)):
-            row = {"norm": norm, "": what}
-            for step, value in zip(STEPS, published, strict=True):
-                found = ours.get(step)
-                scale, digits = (100, 2) if what == "accuracy" else (1, 5)
-                mine = f"{scale * found[what]:.{digits}f}" if found else "-"
-                row[f"step {step}, ours / published"] = f"{mine} / {value:.{digits}f}"
+            row, scale, digits = {"norm": norm, "": what}, *((100, 2) if what == "accuracy" else (1, 5))
+            mine = [scale * ours[step][what] if step in ours else None for step in STEPS]
+            for step, *pair in zip(STEPS, mine, published, strict=True):
+                row[f"step {step}, ours / published"] = shown(*pair, digits)
+            late = [statistics.mean(values[2:]) if None not in values else None for values in (mine, published)]
+            row["mean of the last three"] = shown(*late, digits)
             if ours:
                 rows.append(row)
     if rows:
         print(f"{(KEPT / 'machine.txt').read_text()}\n")
         print_table(rows)
+    if own.figure:
+        draw(own.figure)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@
     python benchmarks/results.py --commands fast                   # the command of every row
     python plot.py benchmarks/results                              # curves of the kept logs
 
-Groups: cifar10 on CIFAR-10; fast, ablation, models, norms on Fashion-MNIST; both are downloaded where they are missing.
-Each row is a train.py run a seed, on one CPU core. Weights and TensorBoard go to --output_dir, the .jsonl to
-benchmarks/results/GROUP/. Other flags go to train.py: CIFAR-10 as a folder is --dataset imagefolder --data_dir FOLDER.
+Groups: cifar10, race, equal, equal_lr on CIFAR-10; fast, ablation, models, norms on Fashion-MNIST; both are downloaded
+where they are missing.
+Each row is a run of train.py, or of peers.py, a seed, on one CPU core. Weights and TensorBoard go to --output_dir, the
+.jsonl to benchmarks/results/GROUP/. Other flags go to train.py: CIFAR-10 as a folder is --dataset imagefolder
+--data_dir FOLDER.
 """
 
 import argparse
@@ -55,10 +57,23 @@ KINDS = {
     "DEMS, its augmentation": f"{DEMS_6} --aug dems --scale 0.2 1",
 }
 RATES = ("5e-4", "1e-3", "2e-3")
+PEER = "--dataset cifar10 --img_size 32 --bf16 --dropout 0 --aug pad --normalize cifar --smoothing 0.1 --opt adamw"
+PEER += " --train_batch_size 128 --warmup_steps 391 --eval_every 391"
+CCT = f"benchmarks/peers.py --model_type CCT-2_3x2 {PEER} --weight_decay 0.03 --max_grad_norm 0 --num_steps 4692"
+TIMM = f"benchmarks/peers.py --model_type timm-ViT --patch_size 4 --dim 128 --depth 6 --heads 4 --mlp_dim 512 {PEER}"
+LEVELS = (70, 80, 85, 90)  # percent
 GROUPS = {
     "cifar10": {
         "ViT, residual stem, 14 epochs": "@recipes/fast_vit_cifar10.args",
         "ViT, residual stem, 4.5 epochs": "@recipes/fast_vit_cifar10_10min.args",
+    },
+    "race": {
+        "ViT, residual stem, 2 epochs": (
+            "@recipes/fast_vit_cifar10.args --num_steps 1564 --warmup_steps 156 --eval_every 391"
+        ),
+        "CCT-2/3x2, AdamW 1e-3, 12 epochs": f"{CCT} --lr 1e-3",
+        "CCT-2/3x2, AdamW 2e-3, 12 epochs": f"{CCT} --lr 2e-3",
+        "timm's ViT, AdamW 1e-3, 10 epochs": f"{TIMM} --weight_decay 0.05 --lr 1e-3 --num_steps 3910",
     },
     "equal": {kind: f"{CIFAR} {flags} --lr 1e-3" for kind, flags in KINDS.items()},
     "equal_lr": {
@@ -102,7 +117,9 @@ def run_name(group: str, row: str) -> str:
 
 
 def command(group: str, row: str, seed: int | str) -> list[str]:
-    return ["train.py", *GROUPS[group][row].split(), "--name", run_name(group, row), "--seed", str(seed)]
+    words = GROUPS[group][row].split()
+    script = [] if words[0].endswith(".py") else ["train.py"]
+    return [*script, *words, "--name", run_name(group, row), "--seed", str(seed)]
 
 
 def run(
@@ -142,6 +159,13 @@ def spread(values: list[float]) -> str:
     return f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if deviation is not None else "")
 
 
+def minutes_to(percent: int, runs: list[list[dict]]) -> str:
+    """Until the first evaluation with this accuracy, median over the runs; '-' where one doesn't reach it."""
+    evaluations = [[each for each in run if each["event"] == "eval"] for run in runs]
+    reached = [[each["seconds"] for each in run if 100 * each["accuracy"] >= percent] for run in evaluations]
+    return f"{statistics.median(first for first, *_ in reached) / 60:.1f}" if all(reached) else "-"
+
+
 def table(group: str) -> None:
     rows = {row: [records(path) for seed in SEEDS if (path := find(group, row, seed))] for row in GROUPS[group]}
     rows = {row: runs for row, runs in rows.items() if runs}
@@ -163,6 +187,15 @@ def table(group: str) -> None:
             f"{chosen}, %": spread([end["last_accuracy"] for end in ends]),
             "minutes": f"{statistics.median(end['seconds'] for end in ends) / 60:.1f}",
         })  # fmt: skip
+        if group == "race":
+            lines[-1] |= {f"min to {percent} %": minutes_to(percent, runs) for percent in LEVELS}
+    if group == "equal_lr":  # a line a kind, a column a learning rate
+        accuracy = {line[group]: line["val, %"] for line in lines}
+        lines = [
+            {group: kind} | {lr: accuracy.get(f"{kind}, {lr}", "-") for lr in RATES}
+            for kind in KINDS
+            if any(f"{kind}, {lr}" in accuracy for lr in RATES)
+        ]
     print_table(lines)
 
 
