@@ -218,7 +218,11 @@ def main() -> None:
     cells = [(group, row, seed) for group in args.run for seed in args.seeds or SEEDS for row in GROUPS[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
         words = dict(data_dir=args.data_dir, folder=folder, device=args.device, jobs=args.jobs, more=more)
-        list(pool.map(lambda cell: run(*cell, **words), cells))
+        try:
+            list(pool.map(lambda cell: run(*cell, **words), cells))
+        except KeyboardInterrupt:  # which the runs have got too: they save, and end
+            pool.shutdown(cancel_futures=True)
+            sys.exit(130)
     if not args.commands:
         for group in args.run or GROUPS:
             table(group)
