@@ -5,8 +5,8 @@
     python benchmarks/results.py --commands fast                   # the command of every row
     python plot.py benchmarks/results                              # curves of the kept logs
 
-Groups: cifar10, race, equal, equal_lr on CIFAR-10; fast, ablation, models, norms on Fashion-MNIST; both are downloaded
-where they are missing.
+Groups: cifar10, cifar10_ablation, race, equal, equal_lr on CIFAR-10; fast, ablation, models, norms on Fashion-MNIST;
+both are downloaded where they are missing.
 Each row is a run of train.py, or of peers.py, a seed, on one CPU core. Weights and TensorBoard go to --output_dir, the
 .jsonl to benchmarks/results/GROUP/. Other flags go to train.py: CIFAR-10 as a folder is --dataset imagefolder
 --data_dir FOLDER.
@@ -61,6 +61,7 @@ PEER = "--dataset cifar10 --img_size 32 --bf16 --dropout 0 --aug pad --normalize
 PEER += " --train_batch_size 128 --warmup_steps 391 --eval_every 391"
 CCT = f"benchmarks/peers.py --model_type CCT-2_3x2 {PEER} --weight_decay 0.03 --max_grad_norm 0 --num_steps 4692"
 TIMM = f"benchmarks/peers.py --model_type timm-ViT --patch_size 4 --dim 128 --depth 6 --heads 4 --mlp_dim 512 {PEER}"
+SHORT = "@recipes/fast_vit_cifar10.args --val_fraction 0.1 --num_steps 1400 --warmup_steps 140 --eval_every 1400"
 LEVELS = (70, 80, 85, 90)  # percent
 GROUPS = {
     "cifar10": {
@@ -74,6 +75,19 @@ GROUPS = {
         "CCT-2/3x2, AdamW 1e-3, 12 epochs": f"{CCT} --lr 1e-3",
         "CCT-2/3x2, AdamW 2e-3, 12 epochs": f"{CCT} --lr 2e-3",
         "timm's ViT, AdamW 1e-3, 10 epochs": f"{TIMM} --weight_decay 0.05 --lr 1e-3 --num_steps 3910",
+    },
+    "cifar10_ablation": {
+        "the fast recipe, 2 epochs": SHORT,
+        "--stem conv, depth 8": f"{SHORT} --stem conv --depth 8",
+        "no stem, depth 8": f"{SHORT} --stem none --depth 8",
+        "AdamW at 1e-3 instead of Muon": f"{SHORT} --opt adamw --lr 1e-3",
+        "AdamW at 3e-3 instead of Muon": f"{SHORT} --opt adamw --lr 3e-3",
+        "learning rate 5e-3": f"{SHORT} --lr 5e-3",
+        "learning rate 2e-2": f"{SHORT} --lr 2e-2",
+        "batches of 128": f"{SHORT} --train_batch_size 128 --num_steps 700 --warmup_steps 70 --eval_every 700",
+        "cosine decay": f"{SHORT} --decay_type cosine",
+        "no label smoothing": f"{SHORT} --smoothing 0",
+        "flip alone": f"{SHORT} --aug flip",
     },
     "equal": {kind: f"{CIFAR} {flags} --lr 1e-3" for kind, flags in KINDS.items()},
     "equal_lr": {
