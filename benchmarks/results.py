@@ -74,7 +74,7 @@ GROUPS = {
         ),
         "CCT-2/3x2, AdamW 1e-3, 12 epochs": f"{CCT} --lr 1e-3",
         "CCT-2/3x2, AdamW 2e-3, 12 epochs": f"{CCT} --lr 2e-3",
-        "timm's ViT, AdamW 1e-3, 10 epochs": f"{TIMM} --weight_decay 0.05 --lr 1e-3 --num_steps 3910",
+        "timm's ViT, AdamW 1e-3, 5 epochs": f"{TIMM} --weight_decay 0.05 --lr 1e-3 --num_steps 1955",
     },
     "cifar10_ablation": {
         "the fast recipe, 2 epochs": SHORT,
