@@ -8,16 +8,14 @@ train.py's own. What is random in the augmentation is drawn by each side itself,
 seeds, not to the digit.
 """
 
-import argparse
 import random
 import statistics
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
-from common import batches_of, report, set_up
+from common import batches_of, parser_of, report, set_up
 from PIL import Image
 from pipeline import TIMM_STRONG, timm_transform
 
@@ -54,10 +52,8 @@ def score(words: list[str], by_timm: bool) -> tuple[Trainer, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, threads=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=None)
     own, rest = parser.parse_known_args()
     torch.set_num_threads(own.threads)
     scores = {"this project, in batches": [], "timm, image by image": []}
@@ -67,18 +63,14 @@ def main() -> None:
             found.append(accuracy)
             print(f"{name}, seed {seed}: {accuracy:.2f}", flush=True)
     args = trainer.args
-    rows = [
-        {
-            "augmentation": name,
-            "accuracy, %": f"{statistics.mean(found):.2f} ± {statistics.stdev(found) if len(found) > 1 else 0:.2f}",
-            "each seed": ", ".join(f"{score:.2f}" for score in found),
-        }
-        for name, found in scores.items()
-    ]
-    title = (
-        f"{args.dataset}, {args.num_steps} steps of {args.train_batch_size}, --aug {args.aug} --reprob {args.reprob}"
-    )
-    report(f"{title}, {trainer.precision}", rows, trainer.device, own.json)
+    rows = []
+    for name, found in scores.items():
+        mean = f"{statistics.mean(found):.2f} ± {statistics.stdev(found) if len(found) > 1 else 0:.2f}"
+        each = ", ".join(f"{score:.2f}" for score in found)
+        rows.append({"augmentation": name, "accuracy, %": mean, "each seed": each})
+    flags = f"--aug {args.aug} --reprob {args.reprob}, {trainer.precision}"
+    title = f"{args.dataset}, {args.num_steps} steps of {args.train_batch_size}, {flags}"
+    report(title, rows, trainer.device, own.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the benchmarks share: train.py's own parts, taking turns, and one table for people and for programs."""
 
+import argparse
 import json
 import os
 import platform
@@ -12,7 +13,18 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, for the scripts of this folder
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project, for the scripts of this folder
+
+
+def parser_of(text: str, **numbers: float) -> argparse.ArgumentParser:
+    """The parser of a benchmark with this docstring: flags for `numbers`, with these defaults, and --json."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = dict(batch="images", rounds="turns of each contestant", seconds="each turn of each contestant")
+    for name, value in numbers.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{what.get(name, '')} [{value:g}]")
+    parser.add_argument("--json", type=Path, default=None)
+    return parser
 
 
 def machine(device: torch.device) -> str:
@@ -62,7 +74,7 @@ def batches_of(trainer, stop: int | None = None) -> Iterator[tuple[torch.Tensor,
 
 
 def take_turns(
-    contestants: dict[str, Callable[[], object]], *, device: torch.device, rounds: int = 5, seconds: float = 1.0
+    contestants: dict[str, Callable], *, device: torch.device, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
     """Seconds a call of each contestant, once a round.
 

@@ -30,7 +30,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from common import machine, print_table, set_up, take_turns
+from common import ROOT, machine, print_table, set_up, take_turns
 from einops import rearrange
 from torch import nn
 
@@ -40,7 +40,6 @@ from utils.device import autocast, choose_device
 from utils.presets import DATASETS
 from utils.run_files import read_records
 
-ROOT = Path(__file__).resolve().parent.parent
 SELF = [sys.executable, __file__]
 ENDS = dict(correctness=0.25, throughput=0.65, ways=0.68, cell=0.82, accuracy=1.0)  # of --minutes, where a part ends
 GRACE = 20  # seconds that train.py has for its last save
@@ -391,9 +390,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", type=Path, help="CIFAR-10, as an image folder or in torchvision's format")
     parser.add_argument("--recipes", nargs="+", help="[rescalevit_cifar10 vit_ti_cifar10_32; demo without --data_dir]")
     parser.add_argument("--only", nargs="+", default=[*ENDS], help=f"parts ({', '.join(ENDS)}) or items, by name")
-    parser.add_argument(
-        "--again", action="store_true", help="do anew what is done or failed; without it again to go on"
-    )
+    again = "do anew what is done or failed; without it again to go on"
+    parser.add_argument("--again", action="store_true", help=again)
     parser.add_argument("--smoke", action="store_true", help="toy sizes; also on a CPU")
     parser.add_argument("--markdown", action="store_true", help="print the tables of what is in --json, and do nothing")
     parser.add_argument("--device", default="auto")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import rate, report, times_faster
+from common import parser_of, rate, report, times_faster
 
 from models import create_model
 from utils.device import keep_memory
@@ -47,10 +47,7 @@ def measure(name: str, threads: int, steps: int = 4) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=None)
+    parser = parser_of(__doc__, rounds=5, threads=1)
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "KIND"), help=argparse.SUPPRESS)  # a process's own part
     args = parser.parse_args()
     if args.measure:
@@ -68,15 +65,13 @@ def main() -> None:
                 found.append(json.loads(subprocess.check_output(words)))
         kept, returned = ([found["seconds"] for found in taken[kind]] for kind in ("kept", "returned"))
         memory = [statistics.median(found["gigabytes"] for found in taken[kind]) for kind in ("kept", "returned")]
-        rows.append(
-            {
-                "step": name,
-                "kept, images/s": rate(batch, kept),
-                "returned (glibc's default), images/s": rate(batch, returned),
-                "kept / returned": times_faster(kept, returned),
-                "peak memory, GB, kept and returned": f"{memory[0]:.1f}, {memory[1]:.1f}",
-            }
-        )
+        rows.append({
+            "step": name,
+            "kept, images/s": rate(batch, kept),
+            "returned (glibc's default), images/s": rate(batch, returned),
+            "kept / returned": times_faster(kept, returned),
+            "peak memory, GB, kept and returned": f"{memory[0]:.1f}, {memory[1]:.1f}",
+        })  # fmt: skip
     report("Freed memory, bfloat16, median (lowest-highest)", rows, torch.device("cpu"), args.json)
 
 

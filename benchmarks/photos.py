@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from common import machine
+from common import ROOT, machine
 
 import train
 from models import MODELS, NORM_TYPES
@@ -25,7 +25,6 @@ from utils.datasets import fashionmnist, fashionmnist_mini
 from utils.presets import DATASETS
 from utils.run_files import RunFiles, run_id
 
-ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = (5, 8)  # sandals, bags
 SHAPE = "--model_type ViT-Ti_16 --img_size 28 --patch_size 7 --dim 96 --depth 4 --heads 4 --mlp_dim 192 --dropout 0"
 COMMON = f"{SHAPE} --opt adamw --weight_decay 0.05 --smoothing 0.1 --train_batch_size 50 --eval_every 100000"
@@ -41,9 +40,8 @@ def eight_classes(root: Path) -> tuple[dict, list[str]]:
     kept = [i for i in range(10) if i not in LEFT_OUT]
     place = torch.tensor([kept.index(i) if i in kept else -1 for i in range(10)])
     parts = {name: (images, place[labels.long()]) for name, (images, labels) in splits.items()}
-    return {name: (images[labels >= 0], labels[labels >= 0]) for name, (images, labels) in parts.items()}, [
-        classes[i] for i in kept
-    ]
+    parts = {name: (images[labels >= 0], labels[labels >= 0]) for name, (images, labels) in parts.items()}
+    return parts, [classes[i] for i in kept]
 
 
 def few(root: Path, per_class: int, seed: int) -> tuple[dict, list[str]]:
@@ -57,9 +55,8 @@ def few(root: Path, per_class: int, seed: int) -> tuple[dict, list[str]]:
 
 def run(words: str, out: Path) -> tuple[dict, Path]:
     """A run's last record and its checkpoint; a finished one is left alone."""
-    args = options.parse_train_args(
-        MODELS, NORM_TYPES, [*words.split(), "--output_dir", str(out), "--log_dir", str(out)]
-    )
+    places = ["--output_dir", str(out), "--log_dir", str(out)]
+    args = options.parse_train_args(MODELS, NORM_TYPES, [*words.split(), *places])
     files = RunFiles(args.output_dir, args.log_dir, run_id(args))
     if train.main(args):
         sys.exit(f"{files.id} was interrupted")

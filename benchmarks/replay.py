@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import machine, print_table
+from common import ROOT, machine, print_table
 
 from models import MODELS, NORM_TYPES
 from utils import options
@@ -24,7 +24,6 @@ from utils.device import choose_device
 from utils.run_files import RunFiles, read_records, run_id
 from utils.vis_utils import legend_below, new_figure
 
-ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "replay"
 POLL = 2  # seconds
 STEPS = (100, 200, 300, 400, 500)
@@ -69,9 +68,8 @@ def shown(ours: float | None, published: float, digits: int) -> str:
 
 def draw(path: Path) -> None:
     """Accuracy against steps, a panel for each norm."""
-    figure = new_figure(
-        10, 3.2, "RescaleViT, ViT-B_32 on CIFAR-10 from scratch: test accuracy, %, over the first steps"
-    )
+    title = "RescaleViT, ViT-B_32 on CIFAR-10 from scratch: test accuracy, %, over the first steps"
+    figure = new_figure(10, 3.2, title)
     panels = figure.subplots(1, len(PUBLISHED), sharey=True)
     for axes, (norm, (accuracy, _)) in zip(panels, PUBLISHED.items(), strict=True):
         ours = evaluations(KEPT / f"{norm}.jsonl")

@@ -21,13 +21,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import machine, print_table
+from common import ROOT, machine, print_table
 
 from utils.device import choose_device
 from utils.results import mean_and_spread
 from utils.run_files import read_records
 
-ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
 SEEDS = (1, 2, 3)
 
@@ -138,26 +137,22 @@ def command(group: str, row: str, seed: int | str) -> list[str]:
     return [*script, *words, "--name", run_name(group, row), "--seed", str(seed)]
 
 
-def run(
-    group: str, row: str, seed: int, *, data_dir: str, folder: Path, device: str, jobs: int, more: list[str]
-) -> None:
+def run(group: str, row: str, seed: int, args: argparse.Namespace, more: list[str]) -> None:
     """Train one row with one seed, and with flags `more`, unless its log is kept already."""
-    kept = KEPT / group
     if find(group, row, seed):
         return
-    places = ["--data_dir", data_dir, "--output_dir", str(folder), "--log_dir", str(folder / "logs")]
-    words = [sys.executable, *command(group, row, seed), "--device", device, *places, *more]
+    kept, folder = KEPT / group, args.output_dir.resolve()
+    places = ["--data_dir", args.data_dir, "--output_dir", str(folder), "--log_dir", str(folder / "logs")]
+    words = [sys.executable, *command(group, row, seed), "--device", args.device, *places, *more]
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stderr}")
     kept.mkdir(parents=True, exist_ok=True)
     log = next(folder.glob(f"{run_name(group, row)}_*_seed_{seed}.jsonl"))
-    own_place = f'"data_dir": {json.dumps(data_dir)}'  # of no interest to others
-    (kept / log.name).write_text(
-        log.read_text(encoding="utf-8").replace(own_place, '"data_dir": "data"'), encoding="utf-8"
-    )
-    where = "one core a run" if device == "cpu" else f"{jobs} runs at a time"
-    (kept / "machine.txt").write_text(f"{machine(choose_device(device))}, {where}")
+    text = log.read_text(encoding="utf-8").replace(f'"data_dir": {json.dumps(args.data_dir)}', '"data_dir": "data"')
+    (kept / log.name).write_text(text, encoding="utf-8")
+    where = "one core a run" if args.device == "cpu" else f"{args.jobs} runs at a time"
+    (kept / "machine.txt").write_text(f"{machine(choose_device(args.device))}, {where}")
     print(f"{log.stem}: {records(log)[-1]['seconds'] / 60:.1f} min", flush=True)
 
 
@@ -230,12 +225,10 @@ def main() -> None:
     for group in args.commands:
         for row in GROUPS[group]:
             print("python " + " ".join(command(group, row, "1")))
-    folder = args.output_dir.resolve()
     cells = [(group, row, seed) for group in args.run for seed in args.seeds or SEEDS for row in GROUPS[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
-        words = dict(data_dir=args.data_dir, folder=folder, device=args.device, jobs=args.jobs, more=more)
         try:
-            list(pool.map(lambda cell: run(*cell, **words), cells))
+            list(pool.map(lambda cell: run(*cell, args, more), cells))
         except KeyboardInterrupt:  # which the runs have got too: they save, and end
             pool.shutdown(cancel_futures=True)
             sys.exit(130)

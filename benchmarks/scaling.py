@@ -18,16 +18,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import batches_of, rate, report, set_up, take_turns
+from common import ROOT, batches_of, parser_of, rate, report, set_up, take_turns, times_faster
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
 BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --memory_limit 8".split()
 BASE += "--opt adamw --dropout 0 --aug strong".split()
 SIZES = "--img_size 28 --dim 128 --depth 6 --heads 4 --mlp_dim 512 --train_batch_size 64".split()
 TI = "--img_size 32 --patch_size 2 --train_batch_size 32".split()
-KINDS = {norm: ["--norm_type", norm] for norm in ("LN", "BN", "GN", "Rescale")}
-KINDS = {f"ViT-Ti, {norm}": words for norm, words in KINDS.items()}
+KINDS = {f"ViT-Ti, {norm}": ["--norm_type", norm] for norm in ("LN", "BN", "GN", "Rescale")}
 KINDS |= {"DEMS-Ti": ["--model_type", "DEMS-Ti"], "MViT-Ti": "--model_type MViT-Ti --img_sizes 16 32".split()}
 
 
@@ -62,27 +60,22 @@ def compare(title: str, kind: str, cases: dict[str, tuple], own: argparse.Namesp
     taken = take_turns(contestants, device=device, rounds=own.rounds, seconds=own.seconds)
     rows = []
     for name, (_, flops, images, _) in cases.items():
-        time = statistics.median(b / a for a, b in zip(taken[first], taken[name], strict=True))
-        rows.append(
-            {
-                kind: name,
-                "ms a step": f"{1000 * statistics.median(taken[name]):.0f}",
-                "images/s": rate(images, taken[name]),
-                "time, x the first": time,
-                "counted FLOPs, x the first": flops / cases[first][1],
-                "FLOP/s, x the first": flops / cases[first][1] / time,
-            }
-        )
+        time = times_faster(taken[first], taken[name])
+        rows.append({
+            kind: name,
+            "ms a step": f"{1000 * statistics.median(taken[name]):.0f}",
+            "images/s": rate(images, taken[name]),
+            "time, x the first": time,
+            "counted FLOPs, x the first": flops / cases[first][1],
+            "FLOP/s, x the first": flops / cases[first][1] / time,
+        })  # fmt: skip
     report(title, rows, device, path)
     return device
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.5, help="each turn [1.5]")
+    parser = parser_of(__doc__, rounds=5, seconds=1.5)
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--json", type=Path, default=None)
     own, words = parser.parse_known_args()
     torch.set_num_threads(1)
 

@@ -27,13 +27,6 @@ MEASURED = {
 }
 
 
-def show(path: Path) -> None:
-    """Print what a benchmark kept, as Markdown."""
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    print(f"\n{kept['title']}; {kept['machine']}\n")
-    print_table(kept["rows"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="+", choices=MEASURED, default=[], metavar="NAME", help=" ".join(MEASURED))
@@ -43,8 +36,9 @@ def main() -> None:
         subprocess.run(command, check=True)
     for name, words in MEASURED.items():
         for path in sorted(KEPT.glob(f"{name}*.json")):
-            print(f"\n`python benchmarks/{words}`")
-            show(path)
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            print(f"\n`python benchmarks/{words}`\n\n{kept['title']}; {kept['machine']}\n")
+            print_table(kept["rows"])
 
 
 if __name__ == "__main__":

@@ -18,17 +18,17 @@ Model FLOPs utilisation (MFU) counts 3 forward passes of counted FLOPs a trainin
 matrix product reaches in the same precision, which takes turns with the others.
 """
 
-import argparse
 import importlib.util
 import itertools
 import statistics
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from common import batches_of, rate, report, set_up, take_turns, times_faster
+from common import batches_of, parser_of, rate, report, set_up, take_turns, times_faster
 from torch import nn
 
 from models import MODELS
@@ -48,10 +48,8 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm1(x)
-        q, k, v = (
-            layer(y).view(*y.shape[:2], self.heads, -1).permute(0, 2, 1, 3)
-            for layer in (self.query, self.key, self.value)
-        )
+        parts = self.query(y), self.key(y), self.value(y)
+        q, k, v = (part.view(*y.shape[:2], self.heads, -1).permute(0, 2, 1, 3) for part in parts)
         weights = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) / q.shape[-1] ** 0.5, dim=-1)
         y = torch.matmul(weights, v).permute(0, 2, 1, 3).contiguous().view(x.shape)
         x = x + self.out(y)
@@ -101,28 +99,20 @@ class Peer:
         return (self.forward().argmax(dim=1) == self.labels).sum()
 
 
-def timm_vit(args: argparse.Namespace, config: dict, fused: bool) -> nn.Module:
+def timm_vit(args: Namespace, config: dict, fused: bool) -> nn.Module:
     """timm's model of the same sizes, with dropout where ours has it."""
     timm.layers.set_fused_attn(fused)
     model = timm.models.VisionTransformer(
-        img_size=args.img_size,
-        patch_size=config["patch_size"],
-        num_classes=config["num_classes"],
-        embed_dim=config["dim"],
-        depth=config["depth"],
-        num_heads=config["heads"],
-        mlp_ratio=config["mlp_dim"] / config["dim"],
-        pos_drop_rate=config["dropout"],
-        proj_drop_rate=config["dropout"],
-    )
+        img_size=args.img_size, patch_size=config["patch_size"], num_classes=config["num_classes"],
+        embed_dim=config["dim"], depth=config["depth"], num_heads=config["heads"],
+        mlp_ratio=config["mlp_dim"] / config["dim"], pos_drop_rate=config["dropout"], proj_drop_rate=config["dropout"],
+    )  # fmt: skip
     for block in model.blocks:
         block.attn.proj_drop.p = 0.0
     return model
 
 
-def peers(
-    args: argparse.Namespace, config: dict, precision: str, images: torch.Tensor, vs: Path | None
-) -> dict[str, Peer]:
+def peers(args: Namespace, config: dict, precision: str, images: torch.Tensor, vs: Path | None) -> dict[str, Peer]:
     """Models of the same sizes by others, on random labels."""
     device, found = images.device, {}
     labels = torch.randint(0, config["num_classes"], (len(images),), device=device)
@@ -156,12 +146,9 @@ def peers(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="each turn of each contestant [2]")
+    parser = parser_of(__doc__, rounds=5, seconds=2.0)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--vs", type=Path, default=None, help="another version of the model's file, as a contestant")
-    parser.add_argument("--json", type=Path, default=None)
     own, rest = parser.parse_known_args()
     if own.threads:
         torch.set_num_threads(own.threads)
@@ -201,18 +188,15 @@ def main() -> None:
     for name, seconds in trained.items():
         used = 3 * flops * batch_size / statistics.median(seconds) / peak
         images = len(test) if name == first else batch_size
-        rows.append(
-            {
-                "contestant": name,
-                "training, images/s": rate(batch_size, seconds),
-                "MFU, %": f"{100 * used:.0f}" if name.endswith(fed.precision) else "",
-                "end to end / this": times_faster(trained[first], seconds),
-                "evaluation, images/s": rate(images, scored[name]) if name in scored else "",
-            }
-        )
+        rows.append({
+            "contestant": name,
+            "training, images/s": rate(batch_size, seconds),
+            "MFU, %": f"{100 * used:.0f}" if name.endswith(fed.precision) else "",
+            "end to end / this": times_faster(trained[first], seconds),
+            "evaluation, images/s": rate(images, scored[name]) if name in scored else "",
+        })  # fmt: skip
     title = (
-        f"{args.model_type}, norm {args.norm_type}, {args.img_size} px, "
-        f"patch {config['patch_size']}, "
+        f"{args.model_type}, norm {args.norm_type}, {args.img_size} px, patch {config['patch_size']}, "
         f"batch {batch_size}, dropout {config['dropout']}, --aug {args.aug}, {flops / 1e9:.2f} GFLOPs an image, "
         f"{'compiled' if args.compile else 'not compiled'}, peak {peak / 1e12:.2f} TFLOP/s"
     )
