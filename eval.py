@@ -134,12 +134,11 @@ class Classifier:
         pixels |= dict(interpolation=args.interpolation, crop_pct=args.crop_pct)
         return dict(run=self.name, step=self.step, **pixels, classes=self.classes, model=self.config)
 
-    def test_images(self) -> ImageSet:
-        """The test images of the data set that `args` name."""
-        return self.images_of("test")
-
     def images_of(self, split: str) -> ImageSet:
-        """The images of 'train', 'val' or 'test', split as in training. UserError: there are none."""
+        """The images of 'train', 'val' or 'test' of the data set that `args` name, split as in training.
+
+        UserError: there are none.
+        """
         args = self.args
         words = dict(train=split != "test", classes=self.classes)
         data = load_data(args.dataset, args.data_dir, **words, **data_words(args)).to(self.device)
@@ -227,9 +226,7 @@ def predict_folder(run: Classifier, folders: list[str], args: Namespace, out: Pa
 
 def main(args: Namespace) -> int:
     run = load_run(args.checkpoint, choose_device(args.device, args.gpu_id))
-    given = (
-        "dataset data_dir emnist_split labels eval_batch_size num_workers memory_limit skip_broken cache_dir no_cache"
-    )
+    given = "dataset data_dir emnist_split eval_batch_size num_workers memory_limit skip_broken cache_dir no_cache"
     changed = {name: getattr(args, name) for name in given.split() if getattr(args, name) is not None}
     trained_on = [run.args.dataset, run.args.data_dir, run.args.emnist_split]
     run.args = Namespace(**{**vars(run.args), "memory_limit": memory_limit(run.device), **changed})

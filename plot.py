@@ -18,10 +18,11 @@ if __name__ == "__main__":  # a wrong flag is answered before anything is loaded
     ARGS = options.plot_parser().parse_args()
 
 import re
-import statistics
 import sys
 from argparse import Namespace
 from pathlib import Path
+
+import numpy as np
 
 from utils import results
 from utils.results import Row, Run
@@ -73,13 +74,12 @@ def draw_run(run: Run, logs: Path | None):
     return figure
 
 
-def curve(runs: list[Run], values: str) -> tuple[list[int], list[float], list[float]]:
+def curve(runs: list[Run], values: str) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Mean and sample standard deviation over runs, at the steps that all of them have."""
     found = [dict(zip(run.steps, getattr(run, values), strict=True)) for run in runs]
     steps = [step for step in sorted(found[0]) if all(step in run for run in found)]
-    columns = [[run[step] for run in found] for step in steps]
-    spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
-    return steps, [statistics.fmean(column) for column in columns], spread
+    table = np.array([[run[step] for step in steps] for run in found])
+    return steps, table.mean(axis=0), table.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(steps))
 
 
 def looks(rows: list[Row]) -> list[dict]:
@@ -105,15 +105,14 @@ def draw_comparison(dataset: str, chosen_on: str, rows: list[Row]):
         axes = figure.add_subplot(1, 2, 1 + place)
         for row, name, look in zip(rows, names, looks(rows), strict=True):
             steps, mean, spread = curve(row.runs, values)
-            mean, spread = ([scale * value for value in column] for column in (mean, spread))
             thin = dict(linewidth=0.8 if not row.run.finished else 1.6 if len(rows) <= 8 else 1.1)
             if steps and not row.run.finished:  # a cross where it stands
                 thin |= dict(marker="x", markevery=[-1])
             elif len(steps) <= FEW:
                 thin |= dict(marker="o", markersize=3)
-            axes.plot(steps, mean, label=name if place == 0 else None, **look, **thin)
+            axes.plot(steps, scale * mean, label=name if place == 0 else None, **look, **thin)
             if len(row.runs) > 1:
-                low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+                low, high = scale * (mean - spread), scale * (mean + spread)
                 axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel=f"{chosen_on} {values}{unit}")
         axes.grid(alpha=0.3)

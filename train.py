@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ from utils.augment import Augment, eval_augment, make_mix, train_augment
 from utils.cli import UserError, refuse
 from utils.datasets import Data, ImageSet, data_words, load_data
 from utils.dist_util import Processes
-from utils.log_util import RunLog, gflops, run_description, run_facts
+from utils.log_util import RunLog, gflops, run_description
 from utils.loss import accuracy_of, balanced_weights, loss_of
 from utils.optim import Average, make_optimizer, make_scaler
 from utils.run_files import RunFiles, run_id, settings
@@ -131,8 +132,8 @@ class Trainer:
 
     def score(self, model: nn.Module, images: ImageSet) -> dict:
         """`eval.evaluate` of a model of the run's shape, over all processes."""
-        words = dict(precision=self.precision, augment=self.eval_augment)
-        return score(self.args, self.processes, len(self.data.classes), self.trained_part(model), images, **words)
+        batches = share_of(images, self.args, self.processes, self.eval_augment)
+        return evaluate(self.trained_part(model), batches, len(self.data.classes), self.device, self.precision)
 
     def elapsed(self) -> float:
         return self.progress.seconds + time.monotonic() - self.started
@@ -155,10 +156,8 @@ class Trainer:
         """Write all that resuming needs, if it is sound."""
         self.check_finite()
         began = time.monotonic()
-        average, progress = (
-            self.average and self.average.state_dict(),
-            vars(self.progress) | {"seconds": self.elapsed()},
-        )
+        average = self.average and self.average.state_dict()
+        progress = vars(self.progress) | {"seconds": self.elapsed()}
         self.save(
             self.files.last, self.files.previous, model=self.model.state_dict(), average=average, **progress,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), log=self.log.position(),
@@ -196,10 +195,18 @@ class Trainer:
 
     def describe(self) -> None:
         """Log the run as it is resolved, and begin its records."""
-        args, groups = self.args, ("data", "augmentation", "optimisation", "precision and speed")
-        facts = run_facts(args, self.config, self.model, self.gflops, self.data, self.processes, self.precision)
+        args, data, place = self.args, self.data, self.device
+        facts = dict(
+            run_id=self.files.id, model=self.config,
+            parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad), gflops=self.gflops,
+            classes=data.classes, files=data.files, images=[len(data.train), len(data.valid), len(data.test)],
+            selected_on=data.selected_on, processes=self.processes.world, precision=self.precision,
+            torch=torch.__version__, memory_limit=args.memory_limit,
+            device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        )  # fmt: skip
+        groups = ("data", "augmentation", "optimisation", "precision and speed")
         flags = options.describe(args, options.train_parser(MODELS, NORM_TYPES), groups)
-        notes = [*self.data.notes, *flags, *self.notes]
+        notes = [*data.notes, *flags, *self.notes]
         self.log.info(*run_description(args, facts, self.weights, self.precision_note, notes))
         self.log.record(event="start", settings=settings(args), **facts)
 
@@ -359,16 +366,12 @@ class Trainer:
         self.log.close()
 
 
-def score(
-    args: Namespace, processes: Processes, num_classes: int, model: nn.Module, images: ImageSet, *, precision: str,
-    augment: Augment,
-) -> dict:  # fmt: skip
-    """`eval.evaluate` on images, over all processes; the model is in eval mode afterwards."""
-    batches = data_utils.eval_batches(
+def share_of(images: ImageSet, args: Namespace, processes: Processes, augment: Augment) -> Iterator:
+    """This process's batches of images, for `eval.evaluate`."""
+    return data_utils.eval_batches(
         images, augment, batch_size=args.eval_batch_size, rank=processes.rank, world=processes.world,
         device=processes.device, num_workers=args.num_workers,
     )  # fmt: skip
-    return evaluate(model, batches, num_classes, processes.device, precision)
 
 
 def load_source(model: nn.Module, source: weights.WeightFile | None, args: Namespace, data: Data) -> str:
@@ -385,9 +388,10 @@ def validate_only(args: Namespace, processes: Processes, data: Data, source: wei
     """Evaluate --load_model_dir on the test set, without writing anything."""
     model = make_model(args, len(data.classes))
     loaded = [f"Weights: {load_source(model, source, args, data)}", *weights.check_pixels(source, args.mean, args.std)]
-    precision, _ = device.usable_precision(options.precision(args), processes.device)
-    words = dict(precision=precision, augment=eval_augment(args, processes.device, precision))
-    result = score(args, processes, len(data.classes), model.to(processes.device), data.test, **words)
+    place = processes.device
+    precision, _ = device.usable_precision(options.precision(args), place)
+    batches = share_of(data.test, args, processes, eval_augment(args, place, precision))
+    result = evaluate(model.to(place), batches, len(data.classes), place, precision)
     if processes.main:
         print(*loaded, sep="\n")
         print(f"Valid Loss: {result['loss']:.5f}")

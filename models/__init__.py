@@ -55,12 +55,9 @@ NORM_TYPES = ("LN", "BN", "GN", "Rescale")
 
 
 def create_model(
-    model_type: str,
-    norm_type: str = "LN",
-    image_size: int | tuple[int, int] = 224,
-    num_classes: int = 1000,
+    model_type: str, norm_type: str = "LN", image_size: int | tuple[int, int] = 224, num_classes: int = 1000,
     **overrides,
-):
+):  # fmt: skip
     """Make a model with fresh weights: `model(x)` maps images (b, 3, h, w) to logits (b, num_classes).
 
     Args:

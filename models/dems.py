@@ -258,10 +258,9 @@ class DEMS(nn.Module):
         self.patch_embed_8 = DepthwisePatchEmbed(channels, dim, 8 * patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         # Fixed, yet parameters, since the published files store them.
-        tables = [sincos_2d((self.regions[0] * side, self.regions[1] * side), dim) for side in self.scales]
-        self.pos_embed, self.pos_embed_2, self.pos_embed_4, self.pos_embed_8 = (
-            nn.Parameter(table, requires_grad=False) for table in tables
-        )
+        grids = [(self.regions[0] * side, self.regions[1] * side) for side in self.scales]
+        tables = [nn.Parameter(sincos_2d(grid, dim), requires_grad=False) for grid in grids]
+        self.pos_embed, self.pos_embed_2, self.pos_embed_4, self.pos_embed_8 = tables
         self.dropout = dropout
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, dropout, attn_drop, rate) for rate in rates)
@@ -306,9 +305,7 @@ class DEMS(nn.Module):
         return dropout(torch.cat([cls, self.by_region(grids)], dim=1), self.dropout, self.training)
 
     def forward_features(self, x: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
-        """Image (b, c, h, w) -> normalised tokens (b, 1 + regions * m, d), m what the last merge leaves of each; or
-        the first `tokens` of them.
-        """
+        """Image (b, c, h, w) -> normalised tokens (b, 1 + regions * merge_num[-1], d), or the first `tokens`."""
         x = self.embed(x)
         for i, block in enumerate(self.blocks):
             if i in self.merges:

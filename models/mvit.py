@@ -215,9 +215,8 @@ class MViT(nn.Module):
         for i, grid in enumerate(grids[:-1]):
             self.register_buffer(f"to_grid_{i}", resampling(self.grid, grid), persistent=False)
         self.dropout = dropout
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_dim, self.lengths, dropout, attn_drop, drop_path) for _ in range(depth)
-        )
+        words = (dim, heads, mlp_dim, self.lengths, dropout, attn_drop, drop_path)
+        self.blocks = nn.ModuleList(Block(*words) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.attn_pool = AttentionPool(dim, heads, mlp_dim, len(sizes), dropout)
         self.head = nn.Linear(dim, num_classes)
@@ -268,9 +267,7 @@ class MViT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """As ViT's, (b, depth, heads, n, n); n is the sum of lengths, coarse to fine; zero where a token sees
-        nothing.
-        """
+        """As ViT's, (b, depth, heads, n, n); n is the sum of lengths, coarse to fine; 0 where a token sees nothing."""
         x = self.embed(x)
         maps = []
         for block in self.blocks:

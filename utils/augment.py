@@ -33,8 +33,7 @@ def _draw_boxes(
     height, width = (side.double()[:, None] for side in sizes.unbind(1))
     b, tries = len(sizes), 10
     area = height * width * torch.empty(b, tries, dtype=torch.float64).uniform_(*scale, generator=generator)
-    log_ratio = torch.empty(b, tries, dtype=torch.float64).uniform_(*map(math.log, ratio), generator=generator)
-    drawn = log_ratio.exp_()
+    drawn = torch.empty(b, tries, dtype=torch.float64).uniform_(*map(math.log, ratio), generator=generator).exp_()
     corner = torch.rand(b, 2, dtype=torch.float64, generator=generator)
     w = (area * drawn).sqrt_().round_()
     h = (area / drawn).sqrt_().round_()
@@ -91,8 +90,7 @@ class Augment:
         operations: str | None = None, aug_prob: float = 0.0, reprob: float = 0.0, crop_pct: float = 1.0,
         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
-        self.size, self.interpolation, self.crop_pct = size, interpolation, crop_pct
-        self.dtype = dtype
+        self.size, self.interpolation, self.crop_pct, self.dtype = size, interpolation, crop_pct, dtype
         self.scale, self.flip, self.pad = scale, flip, pad
         self.rotation, self.operations, self.aug_prob, self.reprob = rotation, operations, aug_prob, reprob
         if operations not in (None, "randaugment", "jitter"):
@@ -146,23 +144,22 @@ class Augment:
         `params` are from `draw`, for these images; without 'box' they must be size x size already.
         """
         chosen, params = params, {name: value.to(images.device, non_blocking=True) for name, value in params.items()}
-        boxes, flips, words = params.get("box"), params.get("flip"), dict(windows=params.get("window"))
-        if "offset" in params:
-            images = shift(images, params["offset"], self.pad)
-        if boxes is not None and not self.rotation and not self.operations:
+        x, boxes, flips, words = images, params.get("box"), params.get("flip"), dict(windows=params.get("window"))
+        at_once = boxes is not None and not self.rotation and not self.operations  # the resize normalises, too
+        if at_once:
             words |= dict(factor=self.factor, bias=self.bias, dtype=self.dtype)
-            x = crop_flip_resize(images, boxes, flips, self.size, self.interpolation, **words)
-        else:
-            x = images
-            if boxes is not None:
-                x = crop_flip_resize(images, boxes, flips, self.size, self.interpolation, **words)
-            elif flips is not None:
-                x = torch.where(flips[:, None, None, None], images.flip(-1), images)
-            if self.rotation:
-                x = rotate_reflected(x.float(), params["angle"])
-            if self.operations:  # grouped by what is chosen on the CPU, so that a GPU need not be asked
-                x = (x if x.dtype == torch.uint8 else randaugment.levels(x.round())).expand(-1, 3, -1, -1)
-                x = randaugment.operate(x, chosen["operation"], chosen["value"], self.fill)
+        if "offset" in params:
+            x = shift(x, params["offset"], self.pad)
+        if boxes is not None:
+            x = crop_flip_resize(x, boxes, flips, self.size, self.interpolation, **words)
+        elif flips is not None:
+            x = torch.where(flips[:, None, None, None], x.flip(-1), x)
+        if self.rotation:
+            x = rotate_reflected(x.float(), params["angle"])
+        if self.operations:  # grouped by what is chosen on the CPU, so that a GPU need not be asked
+            x = (x if x.dtype == torch.uint8 else randaugment.levels(x.round())).expand(-1, 3, -1, -1)
+            x = randaugment.operate(x, chosen["operation"], chosen["value"], self.fill)
+        if not at_once:
             x = normalise(x, self.factor, self.bias, self.dtype)
         if "erase" in params:
             index = chosen["erase"][:, 2].nonzero()[:, 0].to(x.device, non_blocking=True)

@@ -80,9 +80,7 @@ def read_file(path: str | os.PathLike):
 
 
 def kept_weights(state: dict) -> dict[str, torch.Tensor]:
-    """Weights that counted at a run's newest evaluation: its `average`, where there is one and it was not worse than
-    the raw ones, else its `model`.
-    """
+    """A run's `average` weights, if it has them and they were not worse at its newest evaluation; else its `model`."""
     if not isinstance(state.get("average"), dict) or state.get("kept") == "raw":
         return state["model"]
     return {name.removeprefix("module."): v for name, v in state["average"].items() if name != "n_averaged"}

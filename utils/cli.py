@@ -93,9 +93,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, which suggests the nearest flag, reads `@recipe` files with comments, and
-    understands words of other projects.
-    """
+    """argparse with one-line errors, the nearest flag, `@recipe` files with comments, and words of other projects."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=Help, fromfile_prefix_chars="@", **kwargs)

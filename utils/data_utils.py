@@ -106,9 +106,8 @@ def _fits_shared_memory(needed: int) -> bool:
     info = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
     if info is None or info.f_bavail * info.f_frsize >= needed:
         return True
-    _say_once(
-        f"/dev/shm has {info.f_blocks * info.f_frsize / 2**20:.0f} MB, too few for batches; they go through pipes"
-    )
+    size = info.f_blocks * info.f_frsize / 2**20
+    _say_once(f"/dev/shm has {size:.0f} MB, too few for batches; they go through pipes")
     return False
 
 

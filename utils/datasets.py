@@ -140,8 +140,8 @@ class Data:
 
     def to(self, device: torch.device) -> "Data":
         """Move the images that are in memory to the device, once."""
-        for source in {id(part.source): part.source for part in (self.train, self.valid, self.test) if part}.values():
-            source.to(device)
+        for part in filter(None, (self.train, self.valid, self.test)):  # a source that is there stays
+            part.source.to(device)
         return self
 
 
@@ -159,8 +159,7 @@ MEND = "mend or remove it"
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike):
     with refusing(f"{path}: not a readable image", MEND), Image.open(path) as image:
-        bits32 = image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM"))  # those hold 16
-        if bits32:
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those hold 16
             raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
         yield image
 
@@ -298,11 +297,8 @@ def load_files(
     note, size = describe_sizes(seen, short_side), f"{ends[-1] / 2**20:.1f} MB"
     if not in_memory:
         limit = f"{memory_limit / 2**20:.1f} MB (--memory_limit)"
-        return (
-            Files(paths, sizes, short_side),
-            broken,
-            f"{note}; streamed, as {size} are more than {limit}; {cache.note}",
-        )
+        note = f"{note}; streamed, as {size} are more than {limit}; {cache.note}"
+        return Files(paths, sizes, short_side), broken, note
     note = f"{note}; {size} in memory; {cache.note}"
     if (sizes == sizes[0]).all():
         return Uniform(pixels.view(len(sizes), 3, *sizes[0].tolist())), broken, note
@@ -382,8 +378,8 @@ def _idx_set(folder: Path, prefixes: tuple[str, str], fetch: Callable[[], None])
 
     def find() -> list[Path]:
         names = [f"{prefix}-{kind}-ubyte" for prefix in prefixes for kind in ("images-idx3", "labels-idx1")]
-        paths = [[folder / name, folder / f"{name}.gz"] for name in names]
-        return [next(path for path in pair if path.is_file()) for pair in paths if any(map(Path.is_file, pair))]
+        found = [[path for path in (folder / name, folder / f"{name}.gz") if path.is_file()] for name in names]
+        return [paths[0] for paths in found if paths]
 
     if len(find()) < 4:
         fetch()

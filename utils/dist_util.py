@@ -39,8 +39,7 @@ class Processes:
 
 
 def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -> Processes:
-    """Choose the device (see `choose_device`; torchrun's LOCAL_RANK chooses the GPU), and join torchrun's process
-    group, if any.
+    """Choose the device, by `choose_device` and torchrun's LOCAL_RANK, and join torchrun's process group, if any.
 
     `timeout` is that of every exchange between processes: one that is gone or stuck ends the others after it.
     """
@@ -98,9 +97,8 @@ def explain(error: Exception) -> UserError | None:
         return UserError(f"--compile: torch cannot compile the model here ({reason}); leave it out")
     if reason.startswith("DataLoader worker"):
         text = f"a process that decodes images was ended by the system, most often as memory ran out ({reason})"
-        return UserError(
-            f"{text}; the same command goes on from the last save, or with fewer --num_workers", on_this_process=True
-        )
+        way_out = "the same command goes on from the last save, or with fewer --num_workers"
+        return UserError(f"{text}; {way_out}", on_this_process=True)
     no_memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
     if no_memory or isinstance(error, MemoryError):
         text = f"out of memory ({reason}); fewer images per pass, or a smaller model"
@@ -175,17 +173,16 @@ def first_on_each_node(processes: Processes):
         dist.barrier(group)
 
 
-def on_first(processes: Processes, action: Callable):
-    """Call `action` on rank 0 alone, and return its result there; all wait, and a UserError of it ends all."""
-    result = error = None
+def on_first(processes: Processes, action: Callable) -> None:
+    """Call `action` on rank 0 alone; all wait, and a UserError of it ends all."""
+    error = None
     if processes.main:
         try:
-            result = action()
+            action()
         except UserError as found:
             error = found
     if largest(error is not None)[0]:
         raise error or UserError("the first process cannot go on")
-    return result
 
 
 def parallel(model: nn.Module, processes: Processes) -> nn.Module:

@@ -4,9 +4,7 @@ That is computed once where nothing about the images is random, and in every ste
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -34,7 +32,7 @@ def train_mode(model: nn.Module, frozen: bool) -> None:
 
 
 class Features:
-    """In the place of an `Augment` for what `features_of` gives: there is nothing to draw and to change."""
+    """In the place of an `Augment` for what `on_features` gives: there is nothing to draw and to change."""
 
     size = 0
 
@@ -46,31 +44,22 @@ class Features:
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, images: ImageSet, batches: Iterable, context: Callable) -> ImageSet:
-    """The same images as what the model's head is given for them, (n, dim) float32 on its device.
-
-    `batches` are all of them in order, as `data_utils.eval_batches` gives them, `context()` that of the forward passes.
-    """
-    model.eval()
-    found = []
-    hook = model.head.register_forward_pre_hook(lambda head, given: found.append(given[0].float()))
-    for x, _ in batches:
-        with context():
-            model(x)
-    hook.remove()
-    return replace(images, source=Uniform(torch.cat(found)), ids=torch.arange(len(images)))
-
-
 def on_features(
     model: nn.Module, data: Data, augment: Augment, eval_augment: Augment, args: Namespace, device: torch.device,
     precision: str,
 ) -> Data:  # fmt: skip
-    """A data set with features in the place of its images."""
-    words = dict(device=device, num_workers=args.num_workers, batch_size=args.eval_batch_size)
+    """A data set with what the model's head is given in the place of its images, (n, dim) float32 on the device."""
 
     def compute(images: ImageSet, augment: Augment) -> ImageSet:
-        return features_of(model, images, eval_batches(images, augment, **words), partial(autocast, device, precision))
+        found, words = [], dict(device=device, num_workers=args.num_workers, batch_size=args.eval_batch_size)
+        hook = model.head.register_forward_pre_hook(lambda head, given: found.append(given[0].float()))
+        for x, _ in eval_batches(images, augment, **words):
+            with autocast(device, precision):
+                model(x)
+        hook.remove()
+        return replace(images, source=Uniform(torch.cat(found)), ids=torch.arange(len(images)))
 
+    model.eval()
     train, test = compute(data.train, augment), compute(data.test, eval_augment)
     valid = test if data.valid is data.test else compute(data.valid, eval_augment)
     return replace(data, train=train, valid=valid, test=test)

@@ -122,17 +122,14 @@ def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str
 def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     """Folders that are splits by name, and the names of the others; one that holds images itself is no split."""
     splits, others = {}, []
-    for entry in _visible(root):
-        if not entry.is_dir():
-            continue
-        split = SPLITS.get(entry.name.lower())
+    for entry in filter(os.DirEntry.is_dir, _visible(root)):
+        split, path = SPLITS.get(entry.name.lower()), Path(entry.path)
         inside = _visible(entry.path) if split else []
-        if not split or (inside and not any(each.is_dir() for each in inside)):
+        if split and (not inside or any(each.is_dir() for each in inside)):
+            refuse(split in splits, f"{splits.get(split)} and {path} are both the {split} images; keep one of them")
+            splits[split] = path
+        else:
             others.append(entry.name)
-            continue
-        path = Path(entry.path)
-        refuse(split in splits, f"{splits.get(split)} and {path} are both the {split} images; keep one of them")
-        splits[split] = path
     return splits, others
 
 

@@ -15,9 +15,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from utils.augment import denormalize
-from utils.datasets import Data
-from utils.dist_util import Processes
-from utils.run_files import RunFiles, run_id, writing
+from utils.run_files import RunFiles, writing
 
 
 class RunLog:
@@ -147,25 +145,11 @@ def gflops(model: nn.Module, image_size: int) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def run_facts(
-    args: Namespace, config: dict, model: nn.Module, gflops: float, data: Data, processes: Processes, precision: str
-) -> dict:
-    """What the record 'start' says besides the settings."""
-    place, parameters = processes.device, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return dict(
-        run_id=run_id(args), model=config, parameters=parameters, gflops=gflops,
-        classes=data.classes, files=data.files,
-        images=[len(data.train), len(data.valid), len(data.test)], selected_on=data.selected_on,
-        processes=processes.world, precision=precision, torch=torch.__version__, memory_limit=args.memory_limit,
-        device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-    )  # fmt: skip
-
-
 def run_description(args: Namespace, facts: dict, weights: str, precision_note: str, notes: list[str]) -> list[str]:
     """A run as it is resolved, for the log, before its first step.
 
-    `facts` are from `run_facts`, `weights` says where the first ones come from, `precision_note` why the precision
-    isn't the one asked for; `notes` are further lines, such as `utils.options.describe` gives.
+    `facts` are those of the record 'start', `weights` says where the first ones come from, `precision_note` why the
+    precision isn't the one asked for; `notes` are further lines, such as `utils.options.describe` gives.
     """
     parts, processes = args.gradient_accumulation_steps, facts["processes"]
     train, valid, test = facts["images"]

@@ -15,9 +15,7 @@ def class_scores(confusion: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def mean_scores(confusion: torch.Tensor) -> dict[str, float]:
-    """Macro means over the classes that occur, as a truth or an answer, and balanced accuracy: the mean recall of those
-    that have images.
-    """
+    """Macro means over classes that occur, as truth or answer; balanced accuracy, the mean recall of true classes."""
     scores, occurs = class_scores(confusion), (confusion.sum(0) + confusion.sum(1)) > 0
     means = {f"macro_{name}": scores[name][occurs].mean().item() for name in ("precision", "recall", "f1")}
     return means | dict(balanced_accuracy=scores["recall"][scores["support"] > 0].mean().item())

@@ -85,14 +85,13 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
     matrices = {p for p in hidden if p.requires_grad}
     if args.opt == "adamw" or not matrices:
         return torch.optim.AdamW(groups, **adamw)
-    parts = [[], []]
-    for group in groups:
-        for part, hidden in zip(parts, (True, False), strict=True):
-            params = [p for p in group["params"] if (p in matrices) == hidden]
-            if params:
-                part.append({**group, "params": params})
-    muon = torch.optim.Muon(parts[0], lr=args.learning_rate, adjust_lr_fn="match_rms_adamw")
-    return Chain(muon, torch.optim.AdamW(parts[1], **adamw))
+
+    def part(hidden: bool) -> list[dict]:
+        parts = [group | {"params": [p for p in group["params"] if (p in matrices) == hidden]} for group in groups]
+        return [group for group in parts if group["params"]]
+
+    muon = torch.optim.Muon(part(True), lr=args.learning_rate, adjust_lr_fn="match_rms_adamw")
+    return Chain(muon, torch.optim.AdamW(part(False), **adamw))
 
 
 class Average(AveragedModel):
@@ -104,24 +103,20 @@ class Average(AveragedModel):
 
     def __init__(self, model: nn.Module, decay: float):
         super().__init__(model)
-        self.decay, self.updates = decay, None
+        self.decay = decay
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        if self.updates is None:
-            self.updates = int(self.n_averaged)
-        decay = min(self.decay, self.updates / (9 + self.updates))  # 0 at first: a copy
+        updates = int(self.n_averaged)  # a tensor on the CPU
+        decay = min(self.decay, updates / (9 + updates))  # 0 at first: a copy
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
         for mine, new in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(new)
         self.n_averaged += 1
-        self.updates += 1
 
 
 def make_scaler(loss_scale: float, device: torch.device, precision: str) -> torch.amp.GradScaler:
     """Scales float16 gradients on CUDA, by a fixed `loss_scale` or, with 0, one that adapts; else does nothing."""
-    enabled = precision == "fp16" and device.type == "cuda"
-    if loss_scale:
-        never = dict(growth_interval=2**31 - 1, backoff_factor=1 - 1e-12)  # rounds to 1 in float32
-        return torch.amp.GradScaler(device.type, init_scale=loss_scale, enabled=enabled, **never)
-    return torch.amp.GradScaler(device.type, enabled=enabled)
+    never = dict(growth_interval=2**31 - 1, backoff_factor=1 - 1e-12)  # rounds to 1 in float32
+    words = dict(init_scale=loss_scale, **never) if loss_scale else {}
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda", **words)

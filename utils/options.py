@@ -269,10 +269,8 @@ def check(args: argparse.Namespace) -> None:
         ids = dict.fromkeys((run_id(args), run_id(argparse.Namespace(**vars(args) | {"pretrained_dir": "any"}))))
         paths = [RunFiles(args.output_dir, args.log_dir, each).best for each in ids]
         args.load_model_dir = next((str(path) for path in paths if path.is_file()), None)
-        refuse(
-            not args.load_model_dir,
-            f"-v evaluates --load_model_dir FILE, or {' or '.join(map(str, paths))}: no such file",
-        )
+        own = " or ".join(map(str, paths))
+        refuse(not args.load_model_dir, f"-v evaluates --load_model_dir FILE, or {own}: no such file")
         args.pretrained_dir = None
     weights = args.pretrained_dir or args.load_model_dir
     refuse(weights and os.path.isdir(weights), f"{weights}: a folder; name the file in it, as model.safetensors")
@@ -341,10 +339,9 @@ def resolve_steps(args: argparse.Namespace, images: int) -> list[str]:
         args.warmup_steps = 500 if args.num_steps > 500 else args.num_steps // 10
     if args.warmup_steps < args.num_steps:
         return []
-    asked, args.warmup_steps = args.warmup_steps, args.num_steps // 10
-    return [
-        f"Warm-up: {args.warmup_steps} steps, as the {asked} asked for are not fewer than the run's {args.num_steps}"
-    ]
+    why = f"as the {args.warmup_steps} asked for are not fewer than the run's {args.num_steps}"
+    args.warmup_steps = args.num_steps // 10
+    return [f"Warm-up: {args.warmup_steps} steps, {why}"]
 
 
 def precision(args: argparse.Namespace) -> str:

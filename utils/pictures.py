@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,7 @@ def _save(run, folder: Path, kind: str, plot: Callable, *values, title: str) -> 
 def draw_confusion(run, result: dict, folder: Path) -> Path:
     """Draw the confusion matrix of what `eval.evaluate` returned."""
     title = f"{run.name}\n{run.args.dataset}: {100 * result['accuracy']:.2f} % of {result['seen']}"
-    plot, values = vis_utils.plot_confusion, (result["confusion"], run.classes)
-    path = _save(run, folder, "confusion", plot, *values, title=title)
+    path = _save(run, folder, "confusion", vis_utils.plot_confusion, result["confusion"], run.classes, title=title)
     _to_tensorboard(run, {"confusion": str(path)})
     return path
 
@@ -84,7 +84,7 @@ def _shown_images(run, files: list[str] | None) -> tuple[torch.Tensor, list[str]
     """Images (b, 3, h, w), normalised, in float32, and their names."""
     if files:
         return torch.cat(list(run.inputs(files))).float(), [Path(file).name for file in files]
-    test = run.test_images()
+    test = run.images_of("test")
     index = first_of_each(test.labels)
     images = [batch for batch, _ in run.batches(test.part(index))]
     return torch.cat(images).float(), [run.classes[i] for i in test.labels[index].tolist()]
@@ -138,14 +138,10 @@ def rollout(maps: torch.Tensor) -> torch.Tensor:
     """Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928): what reaches a token through all blocks so far.
 
     Heads are averaged, half of each token goes past the attention along the residual connection (in DEMS, where merged
-    tokens count as their parts, with each part), and the blocks are multiplied up. (depth, heads, n, n) -> (depth, n,
-    n).
+    tokens count as their parts, with each part), and blocks are multiplied up. (depth, heads, n, n) -> (depth, n, n).
     """
     steps = (maps.mean(dim=1) + torch.eye(maps.shape[-1], device=maps.device)) / 2
-    rolled = [steps[0]]
-    for step in steps[1:]:
-        rolled.append(step @ rolled[-1])
-    return torch.stack(rolled)
+    return torch.stack(list(accumulate(steps, lambda rolled, step: step @ rolled)))
 
 
 def centres(scales: list[Scale], image_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,9 +172,7 @@ def on_grid(received: torch.Tensor, scale: Scale) -> torch.Tensor:
 
 
 def all_scales(received: torch.Tensor, scales: list[Scale]) -> torch.Tensor:
-    """What each token receives (b, n) -> (b, rows, columns) of the finest grid; a coarse patch's is spread over its
-    area.
-    """
+    """What each token receives (b, n) -> (b, rows, columns) of the finest grid; coarse patches fill their area."""
     grid, total = max((scale.grid for scale in scales), key=math.prod), 0
     for scale in scales:
         patches = received[:, scale.start : scale.end].unflatten(-1, scale.grid)
@@ -307,16 +301,16 @@ def most_confident_mistakes(run, batches: Iterable, limit: int = 25) -> dict:
 
 
 def _draw_errors(add: Callable, run) -> None:
-    test = run.test_images()
+    test = run.images_of("test")
     found = Namespace(**most_confident_mistakes(run, run.batches(test)))
     if not found.wrong:
         print(f"No mistakes in {found.seen} images, so no picture of them", file=sys.stderr)
         return
     classes = vis_utils.legible(run.classes)
     true, predicted = ([classes[i] for i in labels.tolist()] for labels in (found.true, found.predicted))
-    paths = getattr(test, "paths", None) or getattr(test.source, "paths", None)  # of images that are files
     ids = test.ids[found.index.cpu()].tolist()
-    names = vis_utils.legible([Path(paths[i]).name for i in ids]) if paths else [f"test image {i}" for i in ids]
+    files = test.paths and vis_utils.legible([Path(test.paths[i]).name for i in ids])
+    names = files or [f"test image {i}" for i in ids]
     images = denormalize(found.images, run.args.mean, run.args.std)
     title = f"the {len(images)} most confident of {found.wrong} mistakes in {found.seen} test images"
     add("errors", title, vis_utils.plot_mistakes, images, true, predicted, found.probability.tolist(), names)

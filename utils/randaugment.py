@@ -144,9 +144,8 @@ def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> t
     # with a border of 2, the 4 x 4 pixels around any place lie at the same distances from the first of them
     padded = F.pad(images.float(), (2, 2, 2, 2), mode="replicate").flatten(2)
     first = rearrange((top + 1) * (s + 4) + left + 1, "n h w -> n 1 (h w)").long().expand(-1, c, -1)
-    lines = (
-        weighted_sum((padded[..., i * (s + 4) + j :].gather(2, first) for j in range(4)), across) for i in range(4)
-    )
+    rows = (padded[..., i * (s + 4) :] for i in range(4))
+    lines = (weighted_sum((row[..., j:].gather(2, first) for j in range(4)), across) for row in rows)
     out = weighted_sum(lines, down)
     return filled(as_levels(out).view_as(images), inside, fill)
 
@@ -155,9 +154,8 @@ PLACE = {
     "Rotate": rotate,
     "ShearX": lambda x, slope, fill: slide(x, slope, 0 * slope, fill),
     "TranslateX": lambda x, part, fill: slide(x, 0 * part, x.shape[-1] * part, fill),
-    "ShearY": lambda x, slope, fill: (
-        slide(x.mT, slope, 0 * slope, fill).mT
-    ),  # columns move as rows of the mirrored image
+    # columns move as rows of the mirrored image
+    "ShearY": lambda x, slope, fill: slide(x.mT, slope, 0 * slope, fill).mT,
     "TranslateY": lambda x, part, fill: slide(x.mT, 0 * part, x.shape[-2] * part, fill).mT,
 }
 OPERATIONS = (*COLOUR, *PLACE)  # in the order of their numbers
@@ -174,9 +172,8 @@ def operate(images: torch.Tensor, operation: torch.Tensor, value: torch.Tensor, 
     for number, amount in zip(operation.unbind(1), value.unbind(1), strict=True):
         order = number.argsort(stable=True)
         counts = (number + 1).bincount(minlength=len(OPERATIONS) + 1).tolist()
-        order, inverse, amount = (
-            each.to(images.device, non_blocking=True) for each in (order, order.argsort(), amount[order])
-        )
+        drawn = order, order.argsort(), amount[order]
+        order, inverse, amount = (each.to(images.device, non_blocking=True) for each in drawn)
         grouped = images.index_select(0, order)
         groups = zip(OPERATIONS, grouped.split(counts)[1:], amount.split(counts)[1:], strict=True)  # without 'none'
         for name, part, strength in groups:

@@ -273,9 +273,7 @@ def _tell_apart(rows: list[Row], models: dict[str, dict]) -> None:
 
 
 def tables(runs: list[Run], models: dict[str, dict]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of each table, by (data set, images that the best checkpoint was chosen on); `models` has the usual
-    sizes of each model type.
-    """
+    """Rows of each table, by (data set, images that choose the best checkpoint); `models` has each type's sizes."""
 
     def order(run: Run) -> tuple:
         norm = NORMS.index(run.norm) if run.norm in NORMS else len(NORMS)
@@ -286,8 +284,8 @@ def tables(runs: list[Run], models: dict[str, dict]) -> dict[tuple[str, str], li
         rows = found.setdefault((run.dataset, run.chosen_on), [])
         if rows and run.finished and rows[-1].run.finished and rows[-1].run.series == run.series:
             rows[-1].runs.append(run)
-            continue
-        rows.append(Row([run]))
+        else:
+            rows.append(Row([run]))
     for rows in found.values():
         _tell_apart(rows, models)
     return dict(sorted(found.items()))
@@ -349,9 +347,7 @@ def csv_text(found: dict[tuple[str, str], list[Row]]) -> str:
     return file.getvalue()
 
 
-COST = (
-    "model_type img_size train_batch_size gradient_accumulation_steps fp16 bf16 patch_size dim depth heads mlp_dim stem"
-)
+COST = ("model_type", "img_size", "train_batch_size", "gradient_accumulation_steps", "fp16", "bf16", *SIZES)
 
 
 def scores(files: RunFiles) -> str:
@@ -379,7 +375,7 @@ def plan(args: Namespace) -> tuple[str, float | None]:
     goes_on = f"goes on after {own.progress}; " if own else ""
     unit = "num_steps" if args.num_steps else "epochs"
     for run in runs:
-        if run.finished and run.minutes is not None and all(run.settings.get(k) == now.get(k) for k in COST.split()):
+        if run.finished and run.minutes is not None and all(run.settings.get(k) == now.get(k) for k in COST):
             left = 1 - own.steps[-1] / own.num_steps if own else 1
             minutes = left * run.minutes * now[unit] / run.settings[unit]
             return f"{steps}; {goes_on}about {minutes:.1f} min, as {run.id} took {run.minutes:.1f}", minutes

@@ -63,16 +63,13 @@ def read_records(path: Path) -> tuple[list[dict], bool]:
 
 
 class RunFiles:
-    """The files of one run, wherever they exist: RUN.txt, .jsonl, _checkpoint.bin, _last.bin, the one before;
-    TensorBoard.
-    """
+    """A run's files, wherever they exist: RUN.txt, .jsonl, _checkpoint.bin, _last.bin, _last.prev.bin; TensorBoard."""
 
     def __init__(self, output_dir: str | os.PathLike, log_dir: str | os.PathLike, run_id: str):
         self.id, self.folder, self.board = run_id, Path(output_dir), Path(log_dir) / run_id
         self.text, self.json = (self.folder / f"{run_id}{suffix}" for suffix in (".txt", ".jsonl"))
-        self.best, self.last, self.previous = (
-            self.folder / f"{run_id}_{name}.bin" for name in ("checkpoint", "last", "last.prev")
-        )
+        names = ("checkpoint", "last", "last.prev")
+        self.best, self.last, self.previous = (self.folder / f"{run_id}_{name}.bin" for name in names)
 
     def record(self, event: str) -> dict | None:
         """The newest record of a kind: 'start' has the settings, 'end' the results; an extended run has more starts."""
@@ -96,8 +93,8 @@ class RunFiles:
         if start is None or self.state == "new":
             return []
         old = start.get("settings")
-        if not isinstance(old, dict):
-            raise UserError(f"{self.json}: its first line lacks the settings; mend it, or --overwrite the run")
+        lacks = f"{self.json}: its first line lacks the settings; mend it, or --overwrite the run"
+        refuse(not isinstance(old, dict), lacks)
         if now["num_steps"] is None:  # the epochs on disk have been rounded to whole steps
             steps = max(1, round(now["epochs"] * old["num_steps"] / old["epochs"]))
             now = now | dict(epochs=None, num_steps=steps)

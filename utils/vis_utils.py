@@ -151,12 +151,8 @@ def _unlike(matrices: np.ndarray, parts: list[tuple[str, int, int]], tolerance: 
     for _, start, end in [("", 0, parts[0][1]), *parts]:
         first = len(kept)
         for row in range(start, end):
-            if (
-                np.abs(matrices[:, kept[first:]] - matrices[:, row : row + 1])
-                .max(axis=(0, 2), initial=0)
-                .min(initial=np.inf)
-                > tolerance
-            ):
+            apart = np.abs(matrices[:, kept[first:]] - matrices[:, row : row + 1]).max(axis=(0, 2), initial=0)
+            if apart.min(initial=np.inf) > tolerance:
                 kept.append(row)
     return kept
 

@@ -351,9 +351,7 @@ def load_weights(
     file = source if isinstance(source, WeightFile) else read_weights(source)
     path, target, report = file.path, dict(model.state_dict()), LoadReport(notes=[*file.notes])
     state = _fold_layer_scale(file.state, target, report.notes)
-    bare = (
-        file.origin == "Google" or report.notes != file.notes
-    )  # big_vision and DeiT-III: class tokens without position
+    bare = file.origin == "Google" or report.notes != file.notes  # big_vision, DeiT-III: no position of the class token
     _check_model(file, state, target, model)
     _complete(state, target, report.notes)
     heads = [name for name in target if name.startswith("head.")]
