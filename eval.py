@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
 import csv
 import json
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from models import create_model
 from utils import checkpoint, data_utils, dist_util, metrics, pictures
 from utils.augment import eval_augment, short_side
 from utils.cli import UserError, refuse, refusing
-from utils.datasets import ImageSet, data_words, load_data, read_image
+from utils.datasets import ImageSet, as_rgb, data_words, load_data, read_image
 from utils.device import autocast, choose_device, keep_memory, memory_limit, usable_precision
 from utils.export import export
 from utils.image_folder import files_in, suffix_of, suffixes
@@ -103,7 +104,7 @@ class Classifier:
             if isinstance(image, (str, Path)):
                 image = read_image(image, short_side(self.args))
             if isinstance(image, Image.Image):
-                image = pil_to_tensor(image.convert("RGB"))
+                image = pil_to_tensor(as_rgb(image))
             if image.is_floating_point():
                 image = (255 * image).round().clamp(0, 255).byte()
             yield self.augment(image[None].to(self.device), self.augment.draw(torch.tensor([image.shape[-2:]])))
@@ -142,6 +143,8 @@ class Classifier:
         args = self.args
         words = dict(train=split != "test", classes=self.classes)
         data = load_data(args.dataset, args.data_dir, **words, **data_words(args)).to(self.device)
+        for note in data.notes[1:]:  # after the images a class
+            print(note, file=sys.stderr)
         refuse(split == "val" and data.valid is data.test, f"--split val: {args.dataset} has no validation images")
         return {"train": data.train, "val": data.valid, "test": data.test}[split]
 
@@ -238,11 +241,12 @@ def main(args: Namespace) -> int:
     if args.split != "test":
         run.name += f"_{args.split}"
     if args.plot:
-        paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks, args.heads)
+        paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks, args.heads, args.split)
         print(json.dumps(paths) if args.json else "\n".join(paths.values()))
     elif args.export:
         beside = export(run.model, args.export, run.facts())
-        print(f"{args.export}: gives the model's logits; {beside}: how to prepare images, and the classes")
+        said = f"{args.export}: gives the model's logits; {beside}: how to prepare images, and the classes"
+        print(json.dumps(dict(export=args.export, facts=str(beside))) if args.json else said)
     elif args.images and any(map(os.path.isdir, args.images)):
         predict_folder(run, args.images, args, folder)
     elif args.images:
@@ -251,7 +255,7 @@ def main(args: Namespace) -> int:
             print(json.dumps({file: dict(answer) for file, answer in answers.items()}))
         else:
             for file, answer in answers.items():
-                print(f"{file}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in answer))
+                print(f"{cli.one_line(file)}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in answer))
     else:
         score(run, args, folder)
     return 0

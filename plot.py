@@ -136,7 +136,7 @@ def main(args: Namespace) -> int:
         (folder / "results.md").write_text(text, encoding="utf-8")
         (folder / "results.csv").write_text(results.csv_text(found), encoding="utf-8")
         for (dataset, chosen_on), rows in found.items():
-            name = re.sub(r"[^a-zA-Z0-9_.-]+", "_", dataset)[-100:] + ("" if chosen_on == "test" else f"_{chosen_on}")
+            name = re.sub(r"[^\w.-]+", "_", dataset)[-70:] + ("" if chosen_on == "test" else f"_{chosen_on}")
             draw_comparison(dataset, chosen_on, rows).savefig(folder / f"comparison_{name}.png", dpi=150)
         drawn = [run for run in runs if run.steps]
         for run in drawn:

@@ -53,11 +53,17 @@ SAVE_TIMES = 20  # and is written at evaluations, unless that would take more th
 
 
 def make_model(args: Namespace, num_classes: int = 1000) -> nn.Module:
-    """The model that the flags ask for; sizes that don't fit one another are a UserError."""
+    """The model that the flags ask for; UserError: sizes that don't fit one another, or flags that don't fit it."""
     try:
-        return create_model(**options.model_config(args), num_classes=num_classes)
+        model = create_model(**options.model_config(args), num_classes=num_classes)
     except ValueError as error:
         raise UserError(str(error)) from None
+    lacks = (args.grad_checkpoint or args.layer_decay != 1) and not hasattr(model, "blocks")
+    refuse(lacks, f"--grad_checkpoint and --layer_decay go by a model's blocks; {args.model_type} has none")
+    twice = args.grad_checkpoint and dist_util.statistics_of(model.blocks)
+    what = f"{args.model_type}, {args.norm_type}"
+    refuse(twice, f"--grad_checkpoint computes blocks twice, which {what} would count in its statistics")
+    return model
 
 
 @dataclass
@@ -83,13 +89,14 @@ class Trainer:
     def __init__(self, args: Namespace, processes: Processes, data: Data, source: weights.WeightFile | None):
         self.args, self.processes, self.data, self.device = args, processes, data, processes.device
         self.precision, self.precision_note = device.usable_precision(options.precision(args), self.device)
-        self.config = options.model_config(args) | {"num_classes": len(data.classes)}
+        row = {word: value for word, value in MODELS[args.model_type].items() if word not in ("cls", "norm_cls")}
+        asked = options.model_config(args)
+        self.config = asked | row | asked | {"num_classes": len(data.classes)}  # whole, in the order of what is asked
         torch.manual_seed(args.seed)
         self.model = make_model(args, len(data.classes))
-        if (args.grad_checkpoint or args.layer_decay != 1) and not hasattr(self.model, "blocks"):
-            raise UserError(f"--grad_checkpoint and --layer_decay go by a model's blocks; {args.model_type} has none")
         self.weights = load_source(self.model, source, args, data)
         self.model.to(self.device)
+        self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         if args.freeze:
             frozen.freeze(self.model, args.model_type)
         self.model, self.notes = dist_util.share_statistics(self.model, processes)
@@ -197,8 +204,7 @@ class Trainer:
         """Log the run as it is resolved, and begin its records."""
         args, data, place = self.args, self.data, self.device
         facts = dict(
-            run_id=self.files.id, model=self.config,
-            parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad), gflops=self.gflops,
+            run_id=self.files.id, model=self.config, parameters=self.parameters, gflops=self.gflops,
             classes=data.classes, files=data.files, images=[len(data.train), len(data.valid), len(data.test)],
             selected_on=data.selected_on, processes=self.processes.world, precision=self.precision,
             torch=torch.__version__, memory_limit=args.memory_limit,
@@ -381,7 +387,13 @@ def load_source(model: nn.Module, source: weights.WeightFile | None, args: Names
     same_classes = source.own.get("classes", data.classes) == data.classes
     exact = bool(args.load_model_dir)
     refuse(exact and not same_classes, f"{source.path} has other classes than {args.dataset}; try --pretrained_dir")
-    return f"{source.path}: {weights.load_weights(model, source, same_classes, exact)}"
+    report = weights.load_weights(model, source, same_classes, exact)
+    anew = [name for name in report.reinitialised if not name.startswith("head.")]
+    refuse(
+        args.freeze and anew,
+        f"--freeze trains the head alone, and {source.path} has no {' '.join(anew[:1])} for the model",
+    )
+    return f"{source.path}: {report}"
 
 
 def validate_only(args: Namespace, processes: Processes, data: Data, source: weights.WeightFile) -> None:
@@ -398,26 +410,32 @@ def validate_only(args: Namespace, processes: Processes, data: Data, source: wei
         print(f"Valid Accuracy: {result['accuracy']:.5f} ({result['correct']}/{result['seen']})")
 
 
-def check_sizes(args: Namespace) -> None:
-    """Answer sizes that don't fit one another before any data is loaded."""
-    with torch.device("meta"), contextlib.suppress(RuntimeError):  # models of others may need numbers to be made
-        make_model(args)
+def resolve(args: Namespace) -> weights.WeightFile | None:
+    """Read the weights to start from, if any, and fill in the flags that depend on them.
 
-
-def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None]:
-    """Start the processes, load data and weights, and fill in the flags that depend on them.
-
-    Returns:
-        This process's place; the data on its device; and the weights to start from, None without any.
+    Sizes that don't fit one another are answered here, before any data is loaded.
     """
-    processes = dist_util.start(args.device, args.gpu_id)
     path = args.pretrained_dir or args.load_model_dir
     source = weights.read_weights(path) if path else None
     if args.load_model_dir and source.own.get("config"):
         config = source.own["config"]
         options.resolve_model(args, config, MODELS.get(config["model_type"], {}))
+    if args.validate and source.own.get("args"):
+        options.resolve_evaluation(args, source.own["args"])
     options.resolve_normalization(args, source and source.normalize)
-    check_sizes(args)
+    with torch.device("meta"), contextlib.suppress(RuntimeError):  # models of others may need numbers to be made
+        make_model(args)
+    return source
+
+
+def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None]:
+    """Start the processes, load weights and data, and fill in the flags that depend on them.
+
+    Returns:
+        This process's place; the data on its device; and the weights to start from, None without any.
+    """
+    processes = dist_util.start(args.device, args.gpu_id)
+    source = resolve(args)
     if args.memory_limit is None:  # whether images are kept or streamed; a continued run keeps what it had
         begun = RunFiles(args.output_dir, args.log_dir, run_id(args)).record("start") or {}
         limit = None if args.validate or args.overwrite else begun.get("memory_limit")
@@ -436,7 +454,7 @@ def main(args: Namespace) -> int:
     if args.dry_run:
         cells = getattr(args, "cells", [("", args)])
         for _, cell in cells:
-            check_sizes(cell)
+            resolve(cell)
         results.print_plans(cells)
         return 0
     processes, data, source = prepare(args)

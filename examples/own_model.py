@@ -78,6 +78,7 @@ def main(words: list[str]) -> int:
     defaults = "--model_type ConvNet --dataset stripes --aug faded --img_size 32 --opt adamw --lr 3e-3".split()
     defaults += "--train_batch_size 64 --num_steps 200 --eval_every 50".split()
     args = options.parse_train_args(MODELS, NORM_TYPES, [*defaults, *words])
+    args.width = mine.width  # a setting of the run, which another one makes another run
     status = train.main(args)
 
     if status == 0 and not (args.validate or args.dry_run):

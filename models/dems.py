@@ -324,8 +324,10 @@ class DEMS(nn.Module):
         n = 1 + regions * 85, the tokens before any merge, in every block: what a merged token receives goes to the
         tokens it is the mean of, by their shares in it, and a token looks with the mean of the merged tokens that hold
         it, by the same shares; rows still sum to 1. Order: class token, then the scales from patch side p to 8p, each
-        row by row.
+        row by row. Always in evaluation mode, as ViT's.
         """
+        training = self.training
+        self.eval()
         x = self.embed(x)
         n_regions = self.regions[0] * self.regions[1]
         shares = repeat(torch.eye(self.region, device=x.device), "m n -> b r m n", b=x.shape[0], r=n_regions)
@@ -343,6 +345,7 @@ class DEMS(nn.Module):
             gather = F.normalize(spread.transpose(-2, -1), p=1, dim=-1)
             maps.append(gather @ block.attn.weights(block.norm1(x)).float() @ spread)
             x = block(x)
+        self.train(training)
         sizes = [n_regions * side**2 for side in self.scales]
         order = self.by_region([rearrange(part, "n -> 1 n 1") for part in torch.arange(sum(sizes)).split(sizes)])
         place = torch.cat([torch.zeros(1, dtype=torch.long), 1 + order.flatten().argsort()]).to(x.device)

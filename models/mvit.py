@@ -268,11 +268,14 @@ class MViT(nn.Module):
     @torch.no_grad()
     def attention_maps(self, x: torch.Tensor) -> torch.Tensor:
         """As ViT's, (b, depth, heads, n, n); n is the sum of lengths, coarse to fine; 0 where a token sees nothing."""
+        training = self.training
+        self.eval()
         x = self.embed(x)
         maps = []
         for block in self.blocks:
             maps.append(block.attn.weights(block.norm1(x)))
             x = block(x)
+        self.train(training)
         return torch.stack(maps, dim=1)
 
     def token_layout(self) -> dict:

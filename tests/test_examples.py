@@ -94,6 +94,8 @@ def test_own_model_edits_no_file_of_the_kit(tmp_path):
     settings = json.loads(next((tmp_path / "output").glob("*.jsonl")).read_text().splitlines()[0])["settings"]
     assert (settings["model_type"], settings["dataset"], settings["aug"]) == ("ConvNet", "stripes", "faded")
     assert "is finished: best accuracy" in run("examples/own_model.py", *words)
+    other = in_process("examples/own_model.py", *words, "--width", 16)
+    assert other.returncode == 2 and "exists with other settings: width 8 -> 16" in other.stderr
     assert "| ConvNet" in run("plot.py", tmp_path / "output")
     checkpoint = next((tmp_path / "output").glob("*_checkpoint.bin"))
     scored = run("examples/own_model.py", *words, "-v", "true", "--load_model_dir", checkpoint)

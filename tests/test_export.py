@@ -63,8 +63,20 @@ def test_safetensors_for_timm_by_the_command(tmp_path):
     assert facts["image_size"] == 28 and facts["image_mean"][0] == 0.4914 and len(facts["classes"]) == 10
     score = ["train.py", "--name", "y", *TINY, "-v", "--load_model_dir"]  # which finds the normalisation beside it
     assert in_process(*score, file).stdout.splitlines()[1:] == in_process(*score, path).stdout.splitlines()[1:]
+    for more, reason in (("--heads 4", "has 2 attention heads, the model 4"), ("--depth 3", "has 2 blocks")):
+        done = in_process("train.py", "--name", "z", *TINY, *more.split(), "--pretrained_dir", file, *places(tmp_path))
+        assert done.returncode == 2 and reason in done.stderr
+    beside.write_text(json.dumps(facts | {"classes": list("abcdefghij")}))  # as many, but others
+    done = in_process(*score, file)
+    assert done.returncode == 2 and "has other classes than" in done.stderr
     done = in_process("eval.py", path, "--export", tmp_path / "m.tflite")
     assert done.returncode == 2 and "a name ends with .safetensors, .pt2, .onnx" in done.stderr
+
+
+def test_safetensors_of_tensors_that_modules_share(tmp_path):
+    pytest.importorskip("safetensors.torch")
+    model_type, norm_type, words = MODELS["DEMS"]
+    export(create_model(model_type, norm_type, 32, 10, **SIZES | words), tmp_path / "m.safetensors", {})
 
 
 def test_nothing_is_left_of_what_differs(tmp_path, monkeypatch):

@@ -82,7 +82,6 @@ FLAGS = [
     ("--load_model_dir {bad}/text --pretrained_dir {bad}/text", "exclude each other"),
     ("-v true", "--load_model_dir"),
     ("-v maybe", "neither true nor false"),
-    ("--grad_checkpoint --norm_type BN", "BN would count in its statistics"),
     ("--scale 0.9 0.1", "the first is above the second"),
     ("--aug none --scale 0.5 1", "no meaning with --aug none"),
     ("--val_fraction 1", "1 is above"),
@@ -217,6 +216,8 @@ SIZE_MISTAKES = [
     ("--model_type MViT-Ti --img_sizes 28 14", "don't rise to the image size"),
     ("--img_sizes 14 28", "ViT-Ti_16 with norm LN takes no image_sizes"),
     ("--merge_num 64", "ViT-Ti_16 with norm LN takes no merge_num"),
+    ("--grad_checkpoint --norm_type BN", "BN would count in its statistics"),
+    ("--grad_checkpoint --norm_type Rescale", "Rescale would count in its statistics"),
 ]  # fmt: skip
 
 

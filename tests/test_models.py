@@ -437,6 +437,9 @@ def test_attention_rows_sum_to_one(kind):
     )
     assert maps.shape == (2, 3, 2, tokens, tokens)
     assert_close(maps.sum(dim=-1), torch.ones(2, 3, 2, tokens))
+    with_dropout = make(kind, dropout=0.5)
+    with_dropout.load_state_dict(before)
+    assert_close(with_dropout.attention_maps(x), maps)
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -168,7 +168,7 @@ def test_labels_from_a_table(tmp_path, text):
         ("file,label\na.png,x\na.png,y\n", "1 files come twice, as a.png"),
         ("file,label,split\na.png,x,holdout\n", "split 'holdout' is none of train"),
         ("file,label\na.png,\n", "1 files without a label, as a.png"),
-        ("", "cannot be read"),
+        ("", "no rows of file,label"),
     ],
 )
 def test_a_table_with_mistakes(tmp_path, text, error):
@@ -228,26 +228,30 @@ def test_names_of_classes_are_compared_composed(tmp_path):
 
 
 @pytest.mark.parametrize("memory_limit", [1.0, 0.0])
-@pytest.mark.parametrize("when", ["first", "cached"])
+@pytest.mark.parametrize("when", ["first", "cached", "no cache"])
 def test_all_broken_images_are_named_at_once_or_skipped(tmp_path, memory_limit, when):
     write_classes(tmp_path / "train", cat=6, dog=6)
     write_classes(tmp_path / "test", cat=3, dog=3)
-    broken = ["train/cat/0.png", "train/dog/5.png", "test/dog/1.png"]
+    broken, cache_dirs = ["train/cat/0.png", "train/dog/5.png", "test/dog/1.png"], () if when == "no cache" else (None,)
     for i, name in enumerate(broken):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes([b"", b"no image", whole[: len(whole) // 2]][i])
     for _ in range(1 + (when == "cached")):
         with pytest.raises(UserError) as error:
-            load_data("imagefolder", tmp_path, memory_limit=memory_limit)
+            load_data("imagefolder", tmp_path, memory_limit=memory_limit, cache_dirs=cache_dirs)
     assert all(f"{tmp_path}/{name}: not a readable image" in str(error.value) for name in broken)
     assert "--skip_broken" in str(error.value)
-    data = load_data("imagefolder", tmp_path, memory_limit=memory_limit, skip_broken=True)
+    data = load_data("imagefolder", tmp_path, memory_limit=memory_limit, skip_broken=True, cache_dirs=cache_dirs)
     assert len(data.train) == 10 and len(data.test) == 5 and "--skip_broken says: 3" in said(data, "Left out")
     assert "cat/0.png" not in names(data.train) and "dog/1.png" not in names(data.test)
     seen = [
         images for images, _ in eval_batches(data.train, Augment(20, *HALF), batch_size=4, device=torch.device("cpu"))
     ]
     assert torch.equal(torch.cat(seen), seen[0][:1].expand(10, -1, -1, -1))
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of the test images can be read"):
+        load_data("imagefolder", tmp_path, memory_limit=memory_limit, skip_broken=True, cache_dirs=cache_dirs)
 
 
 @pytest.mark.parametrize("mode, kind", [("I", "tif"), ("F", "tif"), ("I", "im")])

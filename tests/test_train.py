@@ -31,6 +31,7 @@ from helpers import (
 import train
 from models import MODELS, NORM_TYPES
 from utils import options
+from utils.results import read_run
 
 ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 SHORT = ["--name", "run", *TINY]
@@ -181,11 +182,17 @@ def test_dry_run_says_what_would_be_done(reference, unfinished):
     best, last = (records(reference)[-1][f"{name}_accuracy"] for name in ("best", "last"))
     assert plan(reference) == f"12 steps; finished: best accuracy {best:f}, last {last:f}"
     assert "would be refused, as the run exists with num_steps 12 -> 24" in plan(reference, "--num_steps", 24)
+    assert plan(reference, "--overwrite", "--lr", 1).startswith("12 steps; about ")
+    assert "no run to extend, or a longer one" in plan(reference, "--extend", "--num_steps", 6)
+    assert "no run to extend, or a longer one" in plan(new, "--extend")
     # a finished run of equal cost tells the time: 100 times as many steps
     minutes = records(reference)[-1]["seconds"] / 60
     out = plan(reference, "--name", "other", "--num_steps", 1200, "--lr", 0.1)
     assert out == f"1200 steps; about {100 * minutes:.1f} min, as {ID} took {minutes:.1f}"
-    assert "time unknown" in plan(reference, "--name", "other", "--dim", 48, "--heads", 3)
+    for flags in (["--dim", 48, "--heads", 3], ["--norm_type", "GN"], ["--epochs", 9, "--dataset", "fashionmnist"]):
+        assert "time unknown" in plan(reference, "--name", "other", *flags)
+    out = plan(reference, "--extend", "--num_steps", 120)  # ten times as many, of which one part is done
+    assert f"goes on after step 12 of 12; about {9 * minutes:.1f} min" in out
     # and of a run that goes on, the time of the third that is left
     for path in (reference / "output").glob(f"{ID}.*"):
         shutil.copy(path, unfinished / "output" / path.name.replace("run_", "other_", 1))
@@ -309,7 +316,7 @@ def test_fine_tuning_takes_classes_and_normalisation_along(tmp_path):
 
 def test_val_fraction_reports_the_test_set_apart(tmp_path):
     words = [*SHORT, "--num_steps", 4, "--eval_every", 2, "--val_fraction", 0.1, *places(tmp_path)]
-    out = run("train.py", *words).stdout
+    out = run("train.py", *words, "--crop_pct", 0.8).stdout
     start, *evals, end = records(tmp_path)
     assert start["images"] == [9000, 1000, 2000] and "chosen on 1000 held-out images (val)" in out
     assert [(line["split"], line["seen"]) for line in evals] == 2 * [("val", 1000)] and end["selected_on"] == "val"
@@ -317,6 +324,12 @@ def test_val_fraction_reports_the_test_set_apart(tmp_path):
         result = json.loads(run("eval.py", tmp_path / "output" / f"{ID}_{file}.bin", "--json").stdout)
         assert result["accuracy"] == end[name] and result["seen"] == 2000
     assert f"Test Accuracy: \t{end['test_accuracy']:f} (last step {end['test_accuracy_last']:f})" in out
+    score = [*SHORT, "-v", "--load_model_dir", tmp_path / "output" / f"{ID}_checkpoint.bin"]
+    assert f"Valid Accuracy: {end['test_accuracy']:.5f}" in run("train.py", *score).stdout  # cut as in the run
+    assert f"Valid Accuracy: {end['test_accuracy']:.5f}" not in run("train.py", *score, "--crop_pct", 1).stdout
+    from_text, from_json = (read_run(tmp_path / "output" / f"{ID}{suffix}") for suffix in (".txt", ".jsonl"))
+    for fact in ("chosen_on", "best", "last"):
+        assert getattr(from_text, fact) == pytest.approx(getattr(from_json, fact))
 
 
 def test_image_folder_from_training_to_evaluation(tmp_path):

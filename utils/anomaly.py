@@ -24,7 +24,7 @@ class Anomaly:
                     self._watch(parameter, f"gradient of {where}, {kind}")
 
     def _look(self, tensor: torch.Tensor, what: str) -> None:
-        if not self.found and not tensor.isfinite().all():
+        if not self.found and not tensor.detach().isfinite().all():
             self.found = what
 
     def _watch(self, tensor: torch.Tensor, what: str) -> None:

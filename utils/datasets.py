@@ -159,26 +159,36 @@ MEND = "mend or remove it"
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike):
     with refusing(f"{path}: not a readable image", MEND), Image.open(path) as image:
-        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those hold 16
-            raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
+        _check_bits(image)
         yield image
+
+
+def _check_bits(image: Image.Image) -> None:
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those hold 16
+        raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Without transparency, and with 16-bit gray scaled to 8 bits. ValueError: integers or floats of 32 bits."""
+    _check_bits(image)
+    if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
+        levels = np.asarray(image, dtype=np.float32) / 257
+        image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_image(path: str | os.PathLike, short_side: int | None = None) -> Image.Image:
     """Read the first frame of an image as RGB, its shorter side reduced to `short_side` where it is longer.
 
-    As in torchvision's ImageFolder, transparency is dropped and EXIF's orientation ignored. 16-bit gray is scaled to 8
-    bits. UserError if it is no image, truncated, too large for Pillow, or of integers or floats of 32 bits.
+    As in torchvision's ImageFolder, EXIF's orientation is ignored; see `as_rgb`. UserError if it is no image,
+    truncated, too large for Pillow, or of 32 bits a pixel and channel.
     """
     with _opened(path) as image:
         height, width = kept_size(image.height, image.width, short_side)
         reduced = (width, height) != image.size
         if reduced:  # JPEG is decoded at a half, a quarter or an eighth, where that is still twice as large
             image.draft(None, (2 * width, 2 * height))
-        if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
-            levels = np.asarray(image, dtype=np.float32) / 257
-            image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image = as_rgb(image)
         image.load()
         return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0) if reduced else image
 
@@ -278,7 +288,7 @@ def load_files(
     pixels = cache.read("pixels") if known and in_memory else None
     if pixels:
         pixels = torch.from_numpy(pixels[0])
-    elif in_memory or (not known and places):  # those to be streamed are decoded once, to know what is broken
+    elif in_memory or not known:  # those to be streamed are decoded once, to know what is broken
         pixels = torch.empty(ends[-1] if in_memory else 0, dtype=torch.uint8)
 
         def decode(i: int) -> None:
@@ -462,6 +472,8 @@ def load_data(
         notes += [f"Images, {name}: {line}" for line in lines]
         broken |= wrong
     notes += refuse_broken(broken, skip_broken)
+    empty = " and ".join(name for name, part in sets.items() if not len(part))
+    refuse(empty, f"{root}: none of the {empty} images can be read")
     training, valid, test = (sets.get(name) for name in ("train", "val", "test"))
     if test_fraction and training is not None and test is None:
         training, test = training.hold_out(test_fraction, seed, root)

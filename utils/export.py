@@ -23,7 +23,7 @@ def _write(model: nn.Module, x: torch.Tensor, path: Path):
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file, save_file
 
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+        save_file({name: value.clone().contiguous() for name, value in model.state_dict().items()}, path)
         model = copy.deepcopy(model)
         model.load_state_dict(load_file(path))
         return model

@@ -172,7 +172,7 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
     """The same from a CSV with the columns file (below the root), label and perhaps split."""
     table = table if table.is_file() else root / table
     with refusing(f"--labels {table}: cannot be read", "a CSV in UTF-8 with the columns file,label[,split]"):
-        lines = table.read_text(encoding="utf-8-sig").splitlines()
+        lines = table.read_text(encoding="utf-8-sig").splitlines() or [""]
         delimiter = ";" if ";" in lines[0] and "," not in lines[0] else ","
         rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
                 for row in csv.DictReader(lines, delimiter=delimiter)]  # fmt: skip

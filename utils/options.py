@@ -19,6 +19,7 @@ HIDDEN = argparse.SUPPRESS
 DATA_DIR = "data"
 MODEL = dict(model_type="ViT-B_16", norm_type="LN", img_size=224)  # defaults, where no checkpoint says it
 STEMS = ("conv", "residual")  # --stem, words of models with `_stem` behind them
+EVALUATION = ("interpolation", "crop_pct")
 SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()
 
 
@@ -85,7 +86,7 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--mixup_prob", type=cli.fraction, default=1.0, help="probability of mixing, per update")
     g.add_argument("--mixup_switch_prob", type=cli.fraction, default=0.5, help="probability of cutmix rather than mixup where both are on")
     g.add_argument("--ra", type=cli.positive_int, default=1, metavar="N", help="repeated augmentation: each image comes N times in a row, differently augmented; an epoch is N times as long")
-    g.add_argument("--crop_pct", type=cli.bounded(float, 0, 1, open_low=True), default=1.0, help="evaluation resizes the short side to img_size / crop_pct and cuts the centre; 1 takes the whole image, stretched to a square")
+    g.add_argument("--crop_pct", type=cli.bounded(float, 0, 1, open_low=True), default=None, help="evaluation resizes the short side to img_size / crop_pct and cuts the centre; 1 takes the whole image, stretched to a square [1; with -v, that of the checkpoint]")
 
     g = p.add_argument_group("model")
     g.add_argument("--model_type", choices=model_types, default=None, metavar="TYPE", help=f"one of {' '.join(model_types)} [ViT-B_16; with --load_model_dir model, norm and sizes are the checkpoint's]")
@@ -234,8 +235,9 @@ def check(args: argparse.Namespace) -> None:
     own_dir = args.data_dir if args.data_dir != DATA_DIR else None
     args.dataset = choose_dataset(args.dataset, own_dir, args.labels) or "cifar10"
     args.name = args.dataset if args.name is None else args.name
-    args.asked = {name: value for name in (*MODEL, *SIZES) if (value := getattr(args, name)) is not None}
+    args.asked = {name: value for name in (*MODEL, *SIZES, *EVALUATION) if (value := getattr(args, name)) is not None}
     vars(args).update(MODEL | args.asked)
+    args.crop_pct = args.crop_pct or 1.0
     args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
     name, batch, scale = args.name, args.train_batch_size, args.scale
     usable = name and not name.startswith(".") and name.isprintable() and not set(name) & {*"/\\"}
@@ -258,8 +260,6 @@ def check(args: argparse.Namespace) -> None:
         meant = getattr(args, flag) is None or flag in AUGS[args.aug]
         others = ", ".join(aug for aug, preset in AUGS.items() if flag in preset)
         refuse(not meant, f"--{flag} has no meaning with --aug {args.aug}; --aug {others} would take it")
-    twice = args.grad_checkpoint and args.norm_type in ("BN", "Rescale")
-    refuse(twice, f"--grad_checkpoint computes blocks twice, which {args.norm_type} would count in its statistics")
     headless = args.freeze and not (args.pretrained_dir or args.load_model_dir)
     refuse(headless, "--freeze trains the head alone, of weights that --pretrained_dir FILE gives; it is missing")
     refuse(args.extend and args.overwrite, "--extend goes on with a run, --overwrite deletes it; leave one out")
@@ -297,6 +297,8 @@ def check_eval(args: argparse.Namespace) -> None:
     refuse(images and others, f"--images goes with --plot attention alone; draw {others} without --images")
     folder = plots and next((image for image in images if os.path.isdir(image)), None)
     refuse(folder, f"--images {folder}: --plot attention looks at single files")
+    other = "--plot" if plots else "--images"
+    refuse(args.export and (plots or images), f"--export writes the model, and nothing else; leave out {other}")
     many = plots and len(images) > MAX_IMAGES
     refuse(many, f"--plot attention has room for {MAX_IMAGES} images, not {len(images)}")
 
@@ -317,6 +319,13 @@ def resolve_model(args: argparse.Namespace, config: dict, row: dict) -> None:
             setattr(args, name, its)
         elif name != "img_size" and asked != (list(whole) if isinstance(whole, tuple) else whole):
             raise UserError(f"{args.load_model_dir} has {name} {whole}, not {asked}; leave --{name} out")
+
+
+def resolve_evaluation(args: argparse.Namespace, its: dict) -> None:
+    """Without a flag, -v resizes and cuts images as the run did whose flags `its` are."""
+    for name in EVALUATION:
+        if name not in args.asked and name in its:
+            setattr(args, name, its[name])
 
 
 def resolve_normalization(args: argparse.Namespace, pixels: tuple[list[float], list[float]] | None) -> None:

@@ -48,13 +48,13 @@ def draw_confusion(run, result: dict, folder: Path) -> Path:
 
 def draw_all(
     run, kinds: list[str], folder: Path, files: list[str] | None = None, blocks: list[int] | None = None,
-    heads: list[int] | None = None,
+    heads: list[int] | None = None, split: str = "test",
 ) -> dict[str, str]:  # fmt: skip
     """Draw what --plot asks for, into a folder and the run's TensorBoard folder, where that exists; the PNGs by kinds.
 
-    Attention is that of `files`, or of the first test image of each class, in `blocks`, counted from 0, or in four, and
-    of `heads`, or the first ones. UserError: a block or head that the model doesn't have, a model without attention, or
-    a file that can't be written.
+    Attention is that of `files`, or of the first image of each class in `split`, in `blocks`, counted from 0, or in
+    four, and of `heads`, or the first ones. UserError: a block or head that the model doesn't have, a model without
+    attention, or a file that can't be written.
     """
     paths = {}
 
@@ -66,7 +66,7 @@ def draw_all(
         scales, depth = layout_of(run.model)[0], len(run.model.blocks)
         blocks = blocks or sorted({i * depth // 4 for i in range(4)})
         refuse(max(blocks) >= depth, f"--blocks {max(blocks)}: the model has blocks 0 to {depth - 1}")
-        _draw_attention(add, run, scales, blocks, heads, *_shown_images(run, files))
+        _draw_attention(add, run, scales, blocks, heads, *_shown_images(run, files, split))
     if "position" in kinds:
         tables = [(scale.name, similarity(scale.positions), scale.grid) for scale in layout_of(run.model)[0]]
         add("position", "similarity of position embeddings", vis_utils.plot_similarity, tables)
@@ -75,19 +75,19 @@ def draw_all(
         groups = [shown_filters(name, kernels, run.args.dataset in GRAY) for name, kernels in filters]
         add("patches", "filters of the patch embedding", vis_utils.plot_filters, groups)
     if "errors" in kinds:
-        _draw_errors(add, run)
+        _draw_errors(add, run, split)
     _to_tensorboard(run, paths)
     return paths
 
 
-def _shown_images(run, files: list[str] | None) -> tuple[torch.Tensor, list[str]]:
+def _shown_images(run, files: list[str] | None, split: str) -> tuple[torch.Tensor, list[str]]:
     """Images (b, 3, h, w), normalised, in float32, and their names."""
     if files:
         return torch.cat(list(run.inputs(files))).float(), [Path(file).name for file in files]
-    test = run.images_of("test")
-    index = first_of_each(test.labels)
-    images = [batch for batch, _ in run.batches(test.part(index))]
-    return torch.cat(images).float(), [run.classes[i] for i in test.labels[index].tolist()]
+    known = run.images_of(split)
+    index = first_of_each(known.labels)
+    images = [batch for batch, _ in run.batches(known.part(index))]
+    return torch.cat(images).float(), [run.classes[i] for i in known.labels[index].tolist()]
 
 
 def _to_tensorboard(run, paths: dict[str, str]) -> None:
@@ -300,17 +300,17 @@ def most_confident_mistakes(run, batches: Iterable, limit: int = 25) -> dict:
     return dict(zip(names, kept, strict=True)) | {"wrong": wrong, "seen": seen}
 
 
-def _draw_errors(add: Callable, run) -> None:
-    test = run.images_of("test")
-    found = Namespace(**most_confident_mistakes(run, run.batches(test)))
+def _draw_errors(add: Callable, run, split: str) -> None:
+    known = run.images_of(split)
+    found = Namespace(**most_confident_mistakes(run, run.batches(known)))
     if not found.wrong:
         print(f"No mistakes in {found.seen} images, so no picture of them", file=sys.stderr)
         return
     classes = vis_utils.legible(run.classes)
     true, predicted = ([classes[i] for i in labels.tolist()] for labels in (found.true, found.predicted))
-    ids = test.ids[found.index.cpu()].tolist()
-    files = test.paths and vis_utils.legible([Path(test.paths[i]).name for i in ids])
-    names = files or [f"test image {i}" for i in ids]
+    ids = known.ids[found.index.cpu()].tolist()
+    files = known.paths and vis_utils.legible([Path(known.paths[i]).name for i in ids])
+    names = files or [f"{split} image {i}" for i in ids]
     images = denormalize(found.images, run.args.mean, run.args.std)
-    title = f"the {len(images)} most confident of {found.wrong} mistakes in {found.seen} test images"
+    title = f"the {len(images)} most confident of {found.wrong} mistakes in {found.seen} {split} images"
     add("errors", title, vis_utils.plot_mistakes, images, true, predicted, found.probability.tolist(), names)

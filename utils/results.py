@@ -27,8 +27,8 @@ RUN_ID = re.compile(
 )
 # A line of a text log after its time, level and source.
 FACT = re.compile(
-    r"(Training parameters|Total Parameter|Global Steps|Valid Loss|Valid Accuracy|Best Accuracy|End Training|last)"
-    r"[:!]?(?:\s+(.*))?"
+    r"(Training parameters|Total Parameter|Data|Global Steps|Valid Loss|Valid Accuracy|Best Accuracy|Test Accuracy"
+    r"|End Training|last)[:!]?(?:\s+(.*))?"
 )
 
 
@@ -144,6 +144,10 @@ def _take(run: Run, row: dict, fact: str, value: str) -> None:
         run.loss.append(row["loss"])
     elif fact == "Best Accuracy":
         run.best, run.last = float(value), run.accuracy[-1] if run.accuracy else None
+    elif fact == "Data" and value.endswith("(val)"):
+        run.chosen_on = "val"
+    elif fact == "Test Accuracy":  # of the weights that did best on held-out images
+        run.best, run.last = map(float, re.fullmatch(r"([\d.]+) \(last step ([\d.]+)\)", value).groups())
     elif fact == "End Training":
         run.finished = True
     elif fact == "last":
@@ -305,7 +309,7 @@ def markdown(dataset: str, chosen_on: str, rows: list[Row]) -> str:
         best, spread = mean_and_spread(run.best for run in row.runs)
         accuracy = f"{100 * best:.2f}" if run.finished else run.best_so_far
         lines.append([
-            row.label,
+            row.label.replace("|", "\\|"),
             *("+" if norm == run.norm else "" for norm in norms),
             f"{run.image_size}x{run.image_size}",
             _parameters(run.parameters),
@@ -348,12 +352,14 @@ def csv_text(found: dict[tuple[str, str], list[Row]]) -> str:
 
 
 COST = ("model_type", "img_size", "train_batch_size", "gradient_accumulation_steps", "fp16", "bf16", *SIZES)
+COST += ("norm_type", "freeze", "compile", "merge_layer", "merge_num", "img_sizes")
 
 
 def scores(files: RunFiles) -> str:
     """What a finished run has reached."""
     end = files.record("end")
-    return f"best accuracy {end['best_accuracy']:f}, last {end['last_accuracy']:f}"
+    on = "validation " * (end["selected_on"] == "val")
+    return f"best {on}accuracy {end['best_accuracy']:f}, last {end['last_accuracy']:f}"
 
 
 def plan(args: Namespace) -> tuple[str, float | None]:
@@ -362,22 +368,25 @@ def plan(args: Namespace) -> tuple[str, float | None]:
     The time is that of a finished run of equal cost, in the same folder.
     """
     files, now = RunFiles(args.output_dir, args.log_dir, run_id(args)), settings(args)
+    unit, state = "num_steps" if args.num_steps else "epochs", "new" if args.overwrite else files.state
     steps = f"{args.num_steps} steps" if args.num_steps else f"{args.epochs:g} epochs"
-    if changed := files.differences(now, free=LENGTH if args.extend else ()):
+    if state != "new" and (changed := files.differences(now, free=LENGTH if args.extend else ())):
         return f"{steps}; would be refused, as the run exists with {', '.join(changed[:3])}", 0.0
-    if files.state == "finished" and not args.extend:
+    if args.extend and (state == "new" or now[unit] < files.record("start")["settings"][unit]):
+        return f"{steps}; would be refused, as there is no run to extend, or a longer one", 0.0
+    if state == "finished" and not args.extend:
         return f"{steps}; finished: {scores(files)}", 0.0
     try:
         runs, _ = read_runs(files.folder)
     except UserError:
         runs = []
-    own = next((run for run in runs if run.id == files.id and run.steps), None)
+    own = next((run for run in runs if run.id == files.id and run.steps and state != "new"), None)
     goes_on = f"goes on after {own.progress}; " if own else ""
-    unit = "num_steps" if args.num_steps else "epochs"
+    cost = COST if unit == "num_steps" else (*COST, "dataset", "data_dir")  # whose images are an epoch
     for run in runs:
-        if run.finished and run.minutes is not None and all(run.settings.get(k) == now.get(k) for k in COST):
-            left = 1 - own.steps[-1] / own.num_steps if own else 1
-            minutes = left * run.minutes * now[unit] / run.settings[unit]
+        if run.finished and run.minutes is not None and all(run.settings.get(k) == now.get(k) for k in cost):
+            done = own.steps[-1] / own.num_steps * own.settings[unit] if own else 0
+            minutes = run.minutes * (now[unit] - done) / run.settings[unit]
             return f"{steps}; {goes_on}about {minutes:.1f} min, as {run.id} took {run.minutes:.1f}", minutes
     return f"{steps}; {goes_on}time unknown, as {files.folder} holds no finished run of this cost", None
 

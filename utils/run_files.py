@@ -132,6 +132,8 @@ class RunFiles:
             raise UserError(f"run {self.id} exists with other images: {text}")
         if extend:
             refuse(self.state == "new", f"--extend: there is no run {self.id} to go on with")
+            lost = self.state == "finished" and not (self.last.exists() or self.previous.exists())
+            refuse(lost, f"--extend: {self.last} is gone, from which run {self.id} would go on; see --load_model_dir")
             had = self.record("start")["settings"]["num_steps"]
             refuse(now["num_steps"] < had, f"--extend to {now['num_steps']} steps: run {self.id} has {had} already")
         if changed := self.differences(now, free=LENGTH if extend else ()):
