@@ -164,7 +164,8 @@ class Trainer:
         self.check_finite()
         began = time.monotonic()
         average = self.average and self.average.state_dict()
-        progress = vars(self.progress) | {"seconds": self.elapsed()}
+        sums = {name: torch.tensor(dist_util.mean(getattr(self.progress, name))) for name in ("loss_sum", "correct")}
+        progress = vars(self.progress) | sums | {"seconds": self.elapsed()}
         self.save(
             self.files.last, self.files.previous, model=self.model.state_dict(), average=average, **progress,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), log=self.log.position(),

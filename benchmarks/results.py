@@ -3,7 +3,7 @@
     python benchmarks/results.py                                   # the tables, from benchmarks/results/
     python benchmarks/results.py --run models --data_dir data      # run what is missing in a group, and keep its logs
     python benchmarks/results.py --commands fast                   # the command of every row
-    python plot.py benchmarks/results                              # curves of the kept logs
+    python plot.py benchmarks/results/models --out DIR             # curves of the kept logs
 
 Groups: cifar10, cifar10_ablation, race, equal, equal_lr on CIFAR-10; fast, ablation, models, norms on Fashion-MNIST;
 both are downloaded where they are missing.
@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="+", choices=GROUPS, default=[], metavar="GROUP")
     parser.add_argument("--commands", nargs="+", choices=GROUPS, default=[], metavar="GROUP")
-    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="some of them only [all]")
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS, help="[all]")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--output_dir", type=Path, default=Path("output/results"))
     parser.add_argument("--device", default="cpu")
@@ -225,7 +225,7 @@ def main() -> None:
     for group in args.commands:
         for row in GROUPS[group]:
             print("python " + " ".join(command(group, row, "1")))
-    cells = [(group, row, seed) for group in args.run for seed in args.seeds or SEEDS for row in GROUPS[group]]
+    cells = [(group, row, seed) for group in args.run for seed in args.seeds for row in GROUPS[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             list(pool.map(lambda cell: run(*cell, args, more), cells))

@@ -2,7 +2,8 @@
 
 A root (7x7 convolution, stride 2, then max-pool, stride 2) and three blocks of bottleneck units, the last two of
 stride 2: (b, c, h, w) -> (b, 16 * width, h / 16, w / 16). Module names follow Google's `.npz` files
-(`root.conv`, `block1.unit1.conv1`, `block1.unit1.gn1`, ...).
+(`root.conv`, `block1.unit1.conv1`, `block1.unit1.gn1`, ...). As in jeonsworld/ViT-pytorch, and other than in Google's
+code, padding is symmetric and a projected shortcut is normed channel by channel; so Google's weights want fine-tuning.
 """
 
 from collections import OrderedDict

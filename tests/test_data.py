@@ -50,13 +50,18 @@ def test_emnist_letters_begin_at_zero(tmp_path):
     raw = tmp_path / "EMNIST" / "raw"
     raw.mkdir(parents=True)
     for split in ("train", "test"):
-        images = (2051).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in (26, 28, 28)) + bytes(26 * 784)
+        images = (
+            (2051).to_bytes(4, "big")
+            + b"".join(n.to_bytes(4, "big") for n in (26, 28, 28))
+            + bytes(i // 28 % 28 for i in range(26 * 784))
+        )
         labels = (2049).to_bytes(4, "big") + (26).to_bytes(4, "big") + bytes(range(1, 27))
         (raw / f"emnist-letters-{split}-images-idx3-ubyte").write_bytes(images)
         (raw / f"emnist-letters-{split}-labels-idx1-ubyte").write_bytes(labels)
     data = load_data("emnist", tmp_path, emnist_split="letters")
     assert data.classes[0] == "a" and len(data.classes) == 26
     assert data.train.labels.tolist() == list(range(26))
+    assert data.train.source.images[3, 0, 0].tolist() == list(range(28))  # rows of the file are columns
 
 
 def test_cifar_in_its_own_format(tmp_path, monkeypatch):

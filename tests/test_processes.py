@@ -16,7 +16,9 @@ import pytest
 import torch
 from helpers import FORKS, ROOT, TINY, in_process, places, same, weights, write_folder
 
-from utils import dist_util
+import train as script
+from models import MODELS, NORM_TYPES
+from utils import dist_util, options
 from utils.results import read_board
 from utils.run_files import read_records
 
@@ -139,6 +141,26 @@ def test_processes_give_the_losses_of_one_and_count_each_image_once(one, tmp_pat
     assert_same_result(tmp_path, folder)
     first, *others = train(processes, tmp_path, *words)
     assert first.startswith(f"{ID} is finished: ") and not any(others)
+
+
+def cut_off(*words: str) -> None:
+    """train.py, but that it ends without a word after its first save."""
+    save = script.Trainer.save_last
+
+    def once(self) -> None:
+        save(self)
+        os._exit(9)
+
+    script.Trainer.save_last = once
+    script.main(options.parse_train_args(MODELS, NORM_TYPES, list(words)))
+
+
+def test_resumed_processes_give_the_losses_of_one(one, tmp_path):
+    words, folder = one
+    World(2, tmp_path, cut_off, *words, "--save_every", 2, *places(tmp_path)).end(9, 9)
+    first, _ = train(2, tmp_path, *words)
+    assert "Resuming" in first
+    assert_same_result(tmp_path, folder)
 
 
 def test_validation_counts_each_image_once(one, tmp_path):

@@ -69,6 +69,9 @@ def test_flags_of_the_schedule(decay_by):
     per_epoch = 50 if decay_by == "epoch" else None
     for step in (1, 50, 99, 100, 101, 555, 1000):
         assert rate(step) == learning_rate(step, base_lr=0.03, steps_per_epoch=per_epoch, **words)
+    if decay_by == "epoch":  # 17 / (17 / 7) is more than 7
+        rate = from_flags(Namespace(learning_rate=0.03, epochs=17 / 7, decay_by=decay_by, **words | dict(num_steps=17)))
+        assert rate(7) != rate(8) == rate(14) != rate(15)
 
 
 @pytest.mark.parametrize("n, batch", [(10, 3), (10, 10), (7, 20), (100, 1)])

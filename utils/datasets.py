@@ -349,9 +349,11 @@ def fashionmnist_mini(root: Path) -> tuple[dict, list[str]]:
 
 
 def emnist(root: Path, split: str, **fetch) -> tuple[dict, list[str]]:
+    """EMNIST as people see it: NIST's files, and torchvision, have rows and columns exchanged."""
     cls = torchvision.datasets.EMNIST
     prefixes = (f"emnist-{split}-train", f"emnist-{split}-test")
     splits = _idx_set(root / fetch["folder"], prefixes, lambda: _download(cls, root, split=split, **fetch))
+    splits = {name: (images.mT.contiguous(), labels) for name, (images, labels) in splits.items()}  # upright
     classes = list(cls.classes_split_dict[split])
     if split == "letters":  # its labels begin at 1
         return {name: (images, labels - 1) for name, (images, labels) in splits.items()}, classes[1:]

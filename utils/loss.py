@@ -15,7 +15,7 @@ def loss_of(
 
 
 def balanced_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Weights (num_classes,) by which each class counts alike in a sum over all labels (n,); their mean is 1."""
+    """Weights (num_classes,) by which each class counts alike in a sum over all labels (n,), whose mean is 1."""
     return len(labels) / num_classes / labels.bincount(minlength=num_classes).clamp(min=1)
 
 

@@ -28,7 +28,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = name in exempted or (skip_bias_norm and parameter.ndim <= 1)
+        plain = name in exempted or (skip_bias_norm and (parameter.ndim <= 1 or name.endswith(".bias")))
         block = re.match(r"blocks\.(\d+)\.", name)
         embeds = name.startswith(("patch_embed", "cls_token", "pos_embed", "temporal_pos_embed"))
         layer = int(block[1]) + 1 if block else 0 if embeds else depth + 1
@@ -97,7 +97,7 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
 class Average(AveragedModel):
     """Exponential moving average of a model's weights, as torch's, which would wait for a GPU at every update.
 
-    It warms up: update t decays by (1 + t) / (10 + t) at most, as in TensorFlow and timm, so that the first weights
+    It warms up: update t decays by (1 + t) / (10 + t) at most, as in TensorFlow, so that the first weights
     don't stay in it for long.
     """
 

@@ -19,7 +19,7 @@ def learning_rate(
     the warm-up reaches `base_lr` in its last epoch, the cosine starts in the one after it. ValueError: unknown decay.
     """
     if steps_per_epoch:
-        epoch, warmup = int((step - 1) / steps_per_epoch), round(warmup_steps / steps_per_epoch, 2)
+        epoch, warmup = int((step - 1) / steps_per_epoch + 1e-9), round(warmup_steps / steps_per_epoch, 2)
         if epoch < warmup:
             return warmup_lr + (base_lr - warmup_lr) * (min(1.0, epoch / (warmup - 1)) if warmup > 1 else 1.0)
         step = epoch * steps_per_epoch
