@@ -273,6 +273,9 @@ class RescaleViT(nn.Module):
 
     def token_layout(self) -> dict:
         """Where tokens stand in `attention_maps`, their positions and filters; see models/__init__.py."""
-        positions, filters = self.pos_embed[0, 1:], ("patch embedding", self.patch_embed.proj.weight)
+        first = next(module for module in self.patch_embed.modules() if isinstance(module, nn.Conv2d))
+        name = "patch embedding" if first is self.patch_embed.proj else "patch embedding, first convolution"
+        filters = name, first.weight.view(first.out_channels, first.in_channels, *first.kernel_size)
+        positions = self.pos_embed[0, 1:]
         patches = dict(name="patches", grid=self.grid, first=0, start=1, positions=positions, filters=filters)
         return dict(class_token=0, scales=[patches])

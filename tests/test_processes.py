@@ -18,7 +18,7 @@ from helpers import FORKS, ROOT, TINY, in_process, places, same, weights, write_
 
 import train as script
 from models import MODELS, NORM_TYPES
-from utils import dist_util, options
+from utils import cli, dist_util, options
 from utils.results import read_board
 from utils.run_files import read_records
 
@@ -172,15 +172,29 @@ def test_validation_counts_each_image_once(one, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
+def breaking(path: str, size: str, *words: str) -> None:
+    """train.py, but that a file is cut off once all are loaded."""
+    begin = script.Trainer.begin_or_resume
+
+    def then_break(self) -> None:
+        begin(self)
+        os.truncate(path, int(size))
+
+    script.Trainer.begin_or_resume, sys.argv = then_break, ["train.py"]
+    args = options.parse_train_args(MODELS, NORM_TYPES, list(words))
+    cli.run_main(script.main, args, dist_util.explain, dist_util.stop)
+
+
 def test_mistake_that_one_process_meets_is_told(tmp_path):
     write_folder(tmp_path / "data", per_class=1)
     broken = tmp_path / "data" / "train" / "dog" / "000.png"
-    broken.write_bytes(broken.read_bytes()[:-200])
+    whole = broken.read_bytes()
     words = [*WORDS, "--dataset", "imagefolder", "--data_dir", tmp_path / "data", "--memory_limit", 0]
     words += ["--no_cache", "--num_workers", 0, "--train_batch_size", 2, *places(tmp_path)]
     told = set()
     for seed in range(1, 9):  # until either process has met it
-        outs = World(2, tmp_path, "train.py", *words, "--seed", seed).end(2, 2)
+        broken.write_bytes(whole)
+        outs = World(2, tmp_path, breaking, broken, len(whole) - 200, *words, "--seed", seed).end(2, 2)
         found = [rank for rank, out in enumerate(outs) if f"{broken}: not a readable image" in out]
         assert len(found) == 1 and outs[found[0]].splitlines()[-1].startswith("train.py: error: "), outs
         assert not any("Traceback" in out for out in outs), outs
