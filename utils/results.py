@@ -352,7 +352,7 @@ def csv_text(found: dict[tuple[str, str], list[Row]]) -> str:
 
 
 COST = ("model_type", "img_size", "train_batch_size", "gradient_accumulation_steps", "fp16", "bf16", *SIZES)
-COST += ("norm_type", "freeze", "compile", "merge_layer", "merge_num", "img_sizes")
+COST += ("freeze", "compile", "merge_layer", "merge_num", "img_sizes")
 
 
 def scores(files: RunFiles) -> str:
