@@ -179,9 +179,9 @@ def _read_beside(file: WeightFile) -> list[str]:
             file.normalize = tuple(pixels)
         if isinstance(facts.get("num_attention_heads"), int):
             file.heads = facts["num_attention_heads"]
-        if isinstance(facts.get("model"), dict) and isinstance(facts.get("classes"), list):  # exported by eval.py
-            file.own = dict(config=facts["model"], classes=facts["classes"])
-            file.heads = file.own["config"].get("heads")
+        config, classes = facts.get("model"), facts.get("classes")
+        if isinstance(config, dict) and "model_type" in config and isinstance(classes, list):  # by eval.py --export
+            file.own, file.heads = dict(config=config, classes=classes), config.get("heads")
         named += [name for name in [facts.get("architecture")] if isinstance(name, str)]
     return named
 
