@@ -210,6 +210,8 @@ class ViT(nn.Module):
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         if stem_depths and patch_size % ResNetStem.stride:
             raise ValueError(f"patch size {patch_size} is not a multiple of {ResNetStem.stride}, the stem's stride")
+        if stem_depths and height * width == ResNetStem.stride**2:
+            raise ValueError(f"image size {height} leaves the stem one pixel, too few for its norms")
         if bool(stem_depths) + conv_stem + residual_stem > 1:
             raise ValueError("stem_depths, conv_stem and residual_stem ask for more than one stem")
         if (conv_stem or residual_stem) and (patch_size == 1 or patch_size.bit_count() > 1):

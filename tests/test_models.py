@@ -634,6 +634,7 @@ def test_vit_names_are_timms():
         ("hybrid", dict(patch_size=8), "patch size 8 is not a multiple of 16, the stem's stride"),
         ("hybrid", dict(stem_depths=(1, 1)), "stem depths 1 1 are not three, one a block"),
         ("hybrid", dict(stem_width=48), "stem width 48 is not a multiple of 32, the groups of its norms"),
+        ("hybrid", dict(image_size=16), "image size 16 leaves the stem one pixel, too few for its norms"),
         ("hybrid", dict(conv_stem=True), "stem_depths, conv_stem and residual_stem ask for more than one stem"),
         ("DEMS", dict(image_size=20), "image size 20 is not divisible by 8, 8 x patch size 1"),
         ("DEMS", dict(heads=3), "dim 32 is not divisible by heads 3"),
