@@ -142,6 +142,15 @@ class Trainer:
         batches = share_of(images, self.args, self.processes, self.eval_augment)
         return evaluate(self.trained_part(model), batches, len(self.data.classes), self.device, self.precision)
 
+    def batches(self, stop: int | None = None) -> Iterator:
+        """What `update` takes: this process's batches from the step that is reached on, to the last or to `stop`."""
+        args, place = self.args, self.processes
+        return data_utils.train_batches(
+            self.data.train, self.augment, seed=args.seed, start=self.progress.step, stop=stop or args.num_steps,
+            batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps, ra=args.ra, mix=self.mix,
+            rank=place.rank, world=place.world, device=self.device, num_workers=args.num_workers,
+        )  # fmt: skip
+
     def elapsed(self) -> float:
         return self.progress.seconds + time.monotonic() - self.started
 
@@ -300,13 +309,8 @@ class Trainer:
 
     def train(self, interrupt: dist_util.Interrupt) -> int:
         """Take all remaining steps; 0, or the conventional exit status after a signal."""
-        args, progress, place = self.args, self.progress, self.processes
-        batches = data_utils.train_batches(
-            self.data.train, self.augment, seed=args.seed, start=progress.step, stop=args.num_steps,
-            batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps, ra=args.ra, mix=self.mix,
-            rank=place.rank, world=place.world, device=self.device, num_workers=args.num_workers,
-        )  # fmt: skip
-        show = place.main and sys.stderr.isatty()
+        args, progress, batches = self.args, self.progress, self.batches()
+        show = self.processes.main and sys.stderr.isatty()
         words = dict(total=args.num_steps, initial=progress.step, dynamic_ncols=True, disable=not show)
         bar = tqdm(bar_format=BAR, smoothing=0, **words)  # the time that is left is by the whole run's speed
         frozen.train_mode(self.model, args.freeze)
@@ -315,7 +319,7 @@ class Trainer:
             try:
                 loss, norm = self.update(batches)
             except dist_util.Stalled:
-                if place.world == 1 and self.part == 0:  # nothing of the next update is done
+                if self.processes.world == 1 and self.part == 0:  # nothing of the next update is done
                     self.save_last()
                 raise
             bar.update()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from common import batches_of, parser_of, report, set_up
+from common import parser_of, report, set_up
 from PIL import Image
 from pipeline import TIMM_STRONG, timm_transform
 
@@ -43,7 +43,7 @@ def score(words: list[str], by_timm: bool) -> tuple[Trainer, float]:
     """Train with one side's images; the run, and its accuracy on the test images in percent."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = set_up([*words, "--output_dir", folder, "--log_dir", folder, "--memory_limit", "8"])
-        batches = pillow_batches(trainer) if by_timm else batches_of(trainer)
+        batches = pillow_batches(trainer) if by_timm else trainer.batches()
         trainer.model.train()
         while trainer.progress.step < trainer.args.num_steps:
             trainer.update(batches)

@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -59,18 +59,6 @@ def set_up(words: list[str], copies: int = 1):
         train.source = Uniform(train.source.images.repeat(copies, 1, 1, 1))
         train.ids, train.labels = torch.arange(copies * len(train.ids)), train.labels.repeat(copies)
     return Trainer(args, processes, data, source)
-
-
-def batches_of(trainer, stop: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What `trainer.update` takes, for `stop` updates; None for as many as the flags say."""
-    from utils import data_utils
-
-    args = trainer.args
-    return data_utils.train_batches(
-        trainer.data.train, trainer.augment, seed=args.seed, stop=stop or args.num_steps,
-        batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps, ra=args.ra, mix=trainer.mix,
-        device=trainer.device, num_workers=args.num_workers,
-    )  # fmt: skip
 
 
 def take_turns(

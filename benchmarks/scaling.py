@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import ROOT, batches_of, parser_of, rate, report, set_up, take_turns, times_faster
+from common import ROOT, parser_of, rate, report, set_up, take_turns, times_faster
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --memory_limit 8".split()
@@ -34,7 +34,7 @@ def updates(words: list[str], folder: str, copies: int = 1):
     flags = ["--name", "scaling", *BASE, *words, "--output_dir", folder, "--log_dir", folder]
     trainer = set_up(flags, copies)
     trainer.model.train()
-    batches, images = batches_of(trainer), trainer.args.train_batch_size
+    batches, images = trainer.batches(), trainer.args.train_batch_size
     return lambda: trainer.update(batches), 3 * trainer.gflops * images, images, trainer.device
 
 

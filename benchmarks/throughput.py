@@ -28,7 +28,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from common import batches_of, parser_of, rate, report, set_up, take_turns, times_faster
+from common import parser_of, rate, report, set_up, take_turns, times_faster
 from torch import nn
 
 from models import MODELS
@@ -160,7 +160,7 @@ def main() -> None:
     batch_size, parts = args.train_batch_size, args.gradient_accumulation_steps
     held = Trainer(args, fed.processes, fed.data, source=None)
     fed.model.train(), held.model.train()
-    batches = batches_of(fed, stop=10**9)  # as at the beginning of an endless training, where --aug dems is strongest
+    batches = fed.batches(stop=10**9)  # as at the beginning of an endless training, where --aug dems is strongest
     batch = list(itertools.islice(batches, parts))
     in_place = itertools.cycle(batch)
     test = test.part(torch.arange(min(len(test), 4 * args.eval_batch_size)))

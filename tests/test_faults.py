@@ -489,8 +489,7 @@ def tiny_run(tmp_path):
     def make(*flags):
         args = parse(*SHORT, "--num_steps", 8, "--memory_limit", 1, *flags, *places(tmp_path))
         trainer = train.Trainer(args, *train.prepare(args))
-        words = dict(seed=0, stop=8, batch_size=32, device=trainer.device)
-        return trainer, train.data_utils.train_batches(trainer.data.train, trainer.augment, **words)
+        return trainer, trainer.batches()
 
     return make
 

@@ -92,9 +92,7 @@ def test_a_frozen_epoch_is_20_times_faster(tmp_path):
         run(*words, "--num_steps", 1) if name == "full" else None
         args = options.parse_train_args(MODELS, NORM_TYPES, [*map(str, words), *more])
         trainer = train.Trainer(args, *train.prepare(args))
-        batches = train.data_utils.train_batches(
-            trainer.data.train, trainer.augment, seed=1, stop=100, batch_size=100, device=trainer.device
-        )
+        batches = trainer.batches()
         trainer.model.train()
         trainer.update(batches)  # the first makes tables
         began = time.process_time()

@@ -43,12 +43,7 @@ def start(gpu, monkeypatch, tmp_path, *words):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(trainer.log, "images", lambda *args: None)  # those of the first step, which wait
     trainer.model.train()
-    batches = data_utils.train_batches(
-        data.train, trainer.augment, seed=args.seed, start=0, stop=args.num_steps, batch_size=args.train_batch_size,
-        accumulation=args.gradient_accumulation_steps, ra=args.ra, mix=trainer.mix, device=DEVICE,
-        num_workers=args.num_workers,
-    )  # fmt: skip
-    return trainer, data, batches
+    return trainer, data, trainer.batches()
 
 
 def scored(trainer: train.Trainer, images: ImageSet) -> int:

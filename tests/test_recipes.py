@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT, SIZES, accept_any_cifar, places, write_cifar10, write_cifar100, write_google_npz
 
 import train
-from benchmarks.common import batches_of, set_up
+from benchmarks.common import set_up
 from models import MODELS, NORM_TYPES, create_model
 from utils import options
 from utils.run_files import RunFiles, run_id
@@ -293,7 +293,7 @@ def test_losses_of_fifty_steps(recipe, tmp_path, monkeypatch):
     groups = [dict(params=params, weight_decay=decay * on) for on, params in groups.items() if params]
     sgd = trainer.args.opt == "sgd"
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9) if sgd else torch.optim.AdamW(groups, lr=1.0)
-    batches = list(batches_of(trainer))
+    batches = list(trainer.batches())
     ours, theirs = [], []
     given = iter([(images.clone(), labels.clone()) for images, labels in batches])
     for step, (images, labels) in enumerate(batches, 1):
