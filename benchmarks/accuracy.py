@@ -42,7 +42,7 @@ def pillow_batches(trainer: Trainer) -> Iterator[tuple[torch.Tensor, torch.Tenso
 def score(words: list[str], by_timm: bool) -> tuple[Trainer, float]:
     """Train with one side's images; the run, and its accuracy on the test images in percent."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = set_up([*words, "--output_dir", folder, "--log_dir", folder, "--memory_limit", "8"])
+        trainer = set_up([*words, "--memory_limit", "8"], folder)
         batches = pillow_batches(trainer) if by_timm else trainer.batches()
         trainer.model.train()
         while trainer.progress.step < trainer.args.num_steps:

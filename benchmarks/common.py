@@ -40,11 +40,12 @@ def machine(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__}; {date.today()}"
 
 
-def set_up(words: list[str], copies: int = 1):
+def set_up(words: list[str], folder: str | Path, copies: int = 1):
     """What train.py makes of its flags: a `train.Trainer`, its data on the device, before the first step.
 
     Args:
         words: flags.
+        folder: for the run's files.
         copies: of the training images, which must be in memory then, for a larger set.
     """
     from models import MODELS, NORM_TYPES
@@ -52,7 +53,8 @@ def set_up(words: list[str], copies: int = 1):
     from utils import options
     from utils.datasets import Uniform
 
-    args = options.parse_train_args(MODELS, NORM_TYPES, words)
+    places = ["--output_dir", str(folder), "--log_dir", str(folder)]
+    args = options.parse_train_args(MODELS, NORM_TYPES, [*words, *places])
     processes, data, source = prepare(args)
     train = data.train
     if copies > 1:

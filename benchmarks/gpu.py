@@ -162,8 +162,8 @@ def errors_of(device: torch.device, model_type: str, words: dict) -> dict[str, t
 def train_run(folder: Path, words: str, toy: bool, stop: int = 0, tf32: bool = True) -> list[torch.Tensor]:
     """Begin or continue a run of train.py; the losses of its steps, and the weights after them."""
     flags = "--name check --dataset fashionmnist-mini --model_type ViT-Ti_16 --img_size 28 --patch_size 4 --lr 0.001 "
-    flags += f"--train_batch_size 64 --num_steps 20 --eval_every 1000 {words} --output_dir {folder} --log_dir {folder}"
-    trainer = set_up([*flags.split(), *(TOY if toy else [])])
+    flags += f"--train_batch_size 64 --num_steps 20 --eval_every 1000 {words}"
+    trainer = set_up([*flags.split(), *(TOY if toy else [])], folder)
     use_tf32(tf32)
     update, losses, interrupt = trainer.update, [], SimpleNamespace(signum=0)
 
@@ -278,9 +278,9 @@ def cell(device: torch.device, toy: bool) -> Iterator[dict]:
     steps, every, compiled = (10, 2, "") if toy else (500, 100, " --compile")
     for words in ("--norm_type LN", "--norm_type Rescale", f"--norm_type LN --bf16{compiled}"):
         flags = f"@{ROOT}/recipes/rescalevit_cifar10.args --dataset random --num_steps {steps} --eval_every {every} "
+        flags += words
         with tempfile.TemporaryDirectory() as folder:
-            flags += f"{words} --output_dir {folder} --log_dir {folder}"
-            trainer = set_up([*flags.split(), *(TOY if toy else [])])
+            trainer = set_up([*flags.split(), *(TOY if toy else [])], folder)
             trainer.begin_or_resume()
             trainer.train(SimpleNamespace(signum=0))
             times = [record["seconds"] for record in read_records(trainer.files.json)[0] if record["event"] == "eval"]

@@ -31,15 +31,14 @@ KINDS |= {"DEMS-Ti": ["--model_type", "DEMS-Ti"], "MViT-Ti": "--model_type MViT-
 
 def updates(words: list[str], folder: str, copies: int = 1):
     """A function that takes one update, counted FLOPs and images of it, and its device."""
-    flags = ["--name", "scaling", *BASE, *words, "--output_dir", folder, "--log_dir", folder]
-    trainer = set_up(flags, copies)
+    trainer = set_up(["--name", "scaling", *BASE, *words], folder, copies)
     trainer.model.train()
     batches, images = trainer.batches(), trainer.args.train_batch_size
     return lambda: trainer.update(batches), 3 * trainer.gflops * images, images, trainer.device
 
 
-def processes_row(count: int, words: list[str], folder: str) -> dict:
-    """Images a second that `count` processes of one core each train, over all of them, and each."""
+def processes_speed(count: int, words: list[str], folder: str) -> float:
+    """Images a second that `count` processes of one core each train, all together."""
     place = Path(folder) / str(count)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"]
     command += [str(ROOT / "train.py"), "--name", "scaling", *BASE, *SIZES]
@@ -49,8 +48,7 @@ def processes_row(count: int, words: list[str], folder: str) -> dict:
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     board = EventAccumulator(str(next((place / "logs").iterdir()))).Reload()
-    speed = [event.value for event in board.Scalars("train/images_per_second")][2:]
-    return dict(speed=statistics.median(speed), low=min(speed), high=max(speed))
+    return statistics.median(event.value for event in board.Scalars("train/images_per_second")[2:])
 
 
 def compare(title: str, kind: str, cases: dict[str, tuple], own: argparse.Namespace, path: Path | None) -> torch.device:
@@ -99,9 +97,9 @@ def main() -> None:
         for count in own.processes:
             if unit == "GPU" and count > there:
                 continue
-            result = processes_row(count, words, folder)
-            base = result["speed"] if not rows else rows[0]["images/s"]
-            rows.append({"processes": count, "images/s": round(result["speed"]), "x the first": result["speed"] / base})
+            speed = processes_speed(count, words, folder)
+            base = rows[0]["images/s"] if rows else speed
+            rows.append({"processes": count, "images/s": round(speed), "x the first": speed / base})
         if rows:
             title = f"Processes of one {unit} each, {there} {unit}s, the same whole batch of 64"
             report(title, rows, device, path("processes"))

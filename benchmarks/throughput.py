@@ -154,8 +154,7 @@ def main() -> None:
         torch.set_num_threads(own.threads)
     folder = tempfile.TemporaryDirectory()
     words = "--name speed --dataset fashionmnist-mini --memory_limit 8 --opt adamw".split()
-    words += ["--output_dir", folder.name, "--log_dir", folder.name, *rest]
-    fed = set_up(words)
+    fed = set_up([*words, *rest], folder.name)
     args, device, test = fed.args, fed.device, fed.data.test
     batch_size, parts = args.train_batch_size, args.gradient_accumulation_steps
     held = Trainer(args, fed.processes, fed.data, source=None)

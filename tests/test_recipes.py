@@ -276,12 +276,12 @@ def test_losses_of_fifty_steps(recipe, tmp_path, monkeypatch):
     words = shlex.split("\n".join(line for line in lines if "pretrained_dir" not in line), comments=True)
     words = [word for word in words if word not in ("--bf16", "--fp16")]
     words += [*PLAIN.split(), *flags.split(), *(str(w) for name, value in SIZES.items() for w in (f"--{name}", value))]
-    words += ["--data_dir", str(tmp_path), "--img_size", "32", "--patch_size", "4", *places(tmp_path)]
+    words += ["--data_dir", str(tmp_path), "--img_size", "32", "--patch_size", "4"]
     if "dems" in recipe:
         words += ["--patch_size", "2", "--merge_layer", "1", "2", "--merge_num", "16", "8"]
     images = 120 if "--ra" in words else 40
     words += ["--num_steps", "50"] if "vit_b32" in recipe else ["--epochs", repr(50 * 8 / images)]
-    trainer = set_up(words)
+    trainer = set_up(words, tmp_path)
     assert trainer.args.num_steps == 50 and trainer.precision == "fp32"
 
     model = copy.deepcopy(trainer.model)
