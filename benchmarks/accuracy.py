@@ -9,13 +9,12 @@ seeds, not to the digit.
 """
 
 import random
-import statistics
 import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from common import parser_of, report, set_up
+from common import parser_of, report, set_up, spread
 from PIL import Image
 from pipeline import TIMM_STRONG, timm_transform
 
@@ -65,9 +64,8 @@ def main() -> None:
     args = trainer.args
     rows = []
     for name, found in scores.items():
-        mean = f"{statistics.mean(found):.2f} ± {statistics.stdev(found) if len(found) > 1 else 0:.2f}"
         each = ", ".join(f"{score:.2f}" for score in found)
-        rows.append({"augmentation": name, "accuracy, %": mean, "each seed": each})
+        rows.append({"augmentation": name, "accuracy, %": spread(found), "each seed": each})
     flags = f"--aug {args.aug} --reprob {args.reprob}, {trainer.precision}"
     title = f"{args.dataset}, {args.num_steps} steps of {args.train_batch_size}, {flags}"
     report(title, rows, trainer.device, own.json)

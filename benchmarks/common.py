@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -92,6 +93,35 @@ def take_turns(
     return taken
 
 
+def call_on_one_core(command: list[str]) -> None:
+    """Run a command in the project's folder, with one thread; what it says is shown where it fails, and all ends."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+
+
+def keep_log(log: Path, kept: Path, data_dir: str) -> None:
+    """Copy a run's .jsonl, as if its data had been in the default folder."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    text = log.read_text(encoding="utf-8").replace(f'"data_dir": {json.dumps(data_dir)}', '"data_dir": "data"')
+    kept.write_text(text, encoding="utf-8")
+
+
+def timm_vit(
+    image_size: int, patch_size: int, num_classes: int, dim: int, depth: int, heads: int, mlp_dim: int,
+    dropout: float = 0.0, drop_path: float = 0.0,
+):  # fmt: skip
+    """timm's VisionTransformer by this project's words."""
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(
+        img_size=image_size, patch_size=patch_size, num_classes=num_classes, embed_dim=dim, depth=depth,
+        num_heads=heads, mlp_ratio=mlp_dim / dim, pos_drop_rate=dropout, proj_drop_rate=dropout,
+        drop_path_rate=drop_path,
+    )  # fmt: skip
+
+
 def rate(amount: int, seconds: list[float]) -> str:
     """'median (lowest-highest)' of amount / seconds."""
     rates = sorted(amount / s for s in seconds)
@@ -104,18 +134,25 @@ def times_faster(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
-def print_table(rows: list[dict]) -> None:
-    """Rows of equal keys as a Markdown table."""
-    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+def spread(values: list[float], digits: int = 2) -> str:
+    """mean ± sample standard deviation, of one value itself."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows of equal keys as a table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     for row in rows:
         shown = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
-        print("| " + " | ".join(shown) + " |")
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 def report(title: str, rows: list[dict], device: torch.device, path: Path | None) -> None:
     """Print a table, and write it as JSON where `path` is given."""
     print(f"\n{title}; {machine(device)}\n")
-    print_table(rows)
+    print(markdown(rows))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dict(title=title, machine=machine(device), rows=rows), indent=1) + "\n")

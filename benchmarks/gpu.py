@@ -30,7 +30,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, machine, print_table, set_up, take_turns
+from common import ROOT, machine, markdown, set_up, take_turns
 from einops import rearrange
 from torch import nn
 
@@ -376,8 +376,7 @@ def tables(items: dict[str, dict]) -> None:
         if found:
             print(f"\n### {part.capitalize()}\n\n{'; '.join({item['machine']: 0 for item in found.values()})}\n")
         for _, alike in groupby((row for item in found.values() for row in item["rows"]), key=tuple):
-            print_table(list(alike))
-            print()
+            print(f"{markdown(list(alike))}\n")
         for name, item in found.items():
             if item["state"] != "done":
                 print(f"- {name}: {item['state']}; {' '.join(item['says'][-1:])}")

@@ -8,21 +8,12 @@
 
 import sys
 
-import common  # noqa: F401, the project's folder
-from timm.models import VisionTransformer
+from common import timm_vit
 from vit_pytorch.cct import cct_2
 
 import train
 from models import MODELS, NORM_TYPES
 from utils import cli, dist_util, options
-
-
-def timm_vit(image_size, num_classes, patch_size, dim, depth, heads, mlp_dim, dropout=0.0, drop_path=0.0):
-    return VisionTransformer(
-        img_size=image_size, patch_size=patch_size, num_classes=num_classes, embed_dim=dim, depth=depth,
-        num_heads=heads, mlp_ratio=mlp_dim / dim, proj_drop_rate=dropout, pos_drop_rate=dropout,
-        drop_path_rate=drop_path,
-    )  # fmt: skip
 
 
 def cct(image_size, num_classes, patch_size, dropout=0.0, attn_drop=0.1, drop_path=0.1):

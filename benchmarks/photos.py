@@ -13,10 +13,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
-from common import ROOT, machine
+from common import ROOT, machine, markdown, spread
 
 import train
 from models import MODELS, NORM_TYPES
@@ -91,13 +90,11 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    lines = [f"`python benchmarks/photos.py`; {machine(torch.device('cpu'))}; {len(args.seeds)} seeds", ""]
-    lines += ["| images a class | " + " | ".join(WAYS) + " |", "|---" * (1 + len(WAYS)) + "|"]
-    for per_class in args.images:
-        found = {row["way"]: row["scores"] for row in rows if row["images"] == per_class}
-        cells = [f"{mean(s):.1f} ± {stdev(s) if len(s) > 1 else 0:.1f}" for s in (found[way] for way in WAYS)]
-        lines.append(f"| {per_class} | " + " | ".join(cells) + " |")
-    (out / "photos.md").write_text("\n".join(lines) + "\n")
+    lines = {per_class: {"images a class": per_class} for per_class in args.images}
+    for row in rows:
+        lines[row["images"]][row["way"]] = spread(row["scores"], digits=1)
+    title = f"`python benchmarks/photos.py`; {machine(torch.device('cpu'))}; {len(args.seeds)} seeds"
+    (out / "photos.md").write_text(f"{title}\n\n{markdown(list(lines.values()))}\n")
     (out / "photos.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -9,14 +9,13 @@ command goes on with them. 500 steps are 1.6 PFLOP, and five evaluations 0.4.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from common import ROOT, machine, print_table
+from common import ROOT, keep_log, machine, markdown
 
 from models import MODELS, NORM_TYPES
 from utils import options
@@ -56,9 +55,7 @@ def replay(norm: str, steps: int, words: list[str]) -> None:
             process.wait()
         if max(evaluations(log), default=0) < steps:
             sys.exit(f"{norm}: train.py ended before step {steps}")
-    KEPT.mkdir(parents=True, exist_ok=True)
-    text = log.read_text(encoding="utf-8").replace(f'"data_dir": {json.dumps(args.data_dir)}', '"data_dir": "data"')
-    (KEPT / f"{norm}.jsonl").write_text(text, encoding="utf-8")
+    keep_log(log, KEPT / f"{norm}.jsonl", args.data_dir)
     (KEPT / "machine.txt").write_text(machine(choose_device(args.device)))
 
 
@@ -102,8 +99,7 @@ def main() -> None:
             if ours:
                 rows.append(row)
     if rows:
-        print(f"{(KEPT / 'machine.txt').read_text()}\n")
-        print_table(rows)
+        print(f"{(KEPT / 'machine.txt').read_text()}\n\n{markdown(rows)}")
     if own.figure:
         draw(own.figure)
 

@@ -13,18 +13,14 @@ Each row is a run of train.py, or of peers.py, a seed, on one CPU core. Weights 
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import ROOT, machine, print_table
+from common import ROOT, call_on_one_core, keep_log, machine, markdown, spread
 
 from utils.device import choose_device
-from utils.results import mean_and_spread
 from utils.run_files import read_records
 
 KEPT = ROOT / "benchmarks" / "results"
@@ -141,18 +137,13 @@ def run(group: str, row: str, seed: int, args: argparse.Namespace, more: list[st
     """Train one row with one seed, and with flags `more`, unless its log is kept already."""
     if find(group, row, seed):
         return
-    kept, folder = KEPT / group, args.output_dir.resolve()
+    folder = args.output_dir.resolve()
     places = ["--data_dir", args.data_dir, "--output_dir", str(folder), "--log_dir", str(folder / "logs")]
-    words = [sys.executable, *command(group, row, seed), "--device", args.device, *places, *more]
-    done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)}\n{done.stderr}")
-    kept.mkdir(parents=True, exist_ok=True)
+    call_on_one_core([sys.executable, *command(group, row, seed), "--device", args.device, *places, *more])
     log = next(folder.glob(f"{run_name(group, row)}_*_seed_{seed}.jsonl"))
-    text = log.read_text(encoding="utf-8").replace(f'"data_dir": {json.dumps(args.data_dir)}', '"data_dir": "data"')
-    (kept / log.name).write_text(text, encoding="utf-8")
+    keep_log(log, KEPT / group / log.name, args.data_dir)
     where = "one core a run" if args.device == "cpu" else f"{args.jobs} runs at a time"
-    (kept / "machine.txt").write_text(f"{machine(choose_device(args.device))}, {where}")
+    (KEPT / group / "machine.txt").write_text(f"{machine(choose_device(args.device))}, {where}")
     print(f"{log.stem}: {records(log)[-1]['seconds'] / 60:.1f} min", flush=True)
 
 
@@ -162,12 +153,6 @@ def find(group: str, row: str, seed: int) -> Path | None:
 
 def records(path: Path) -> list[dict]:
     return read_records(path)[0]
-
-
-def spread(values: list[float]) -> str:
-    """mean ± sample standard deviation, in percent."""
-    mean, deviation = mean_and_spread(values)
-    return f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if deviation is not None else "")
 
 
 def minutes_to(percent: int, runs: list[list[dict]]) -> str:
@@ -195,7 +180,7 @@ def table(group: str) -> None:
             "epochs": f"{flags['epochs']:.1f}",
             "PFLOP": f"{3e-6 * start['gflops'] * flags['num_steps'] * flags['train_batch_size']:.3f}",
             "seeds": len(runs),
-            f"{chosen}, %": spread([end["last_accuracy"] for end in ends]),
+            f"{chosen}, %": spread([100 * end["last_accuracy"] for end in ends]),
             "minutes": f"{statistics.median(end['seconds'] for end in ends) / 60:.1f}",
         })  # fmt: skip
         if group == "race":
@@ -207,7 +192,7 @@ def table(group: str) -> None:
             for kind in KINDS
             if any(f"{kind}, {lr}" in accuracy for lr in RATES)
         ]
-    print_table(lines)
+    print(markdown(lines))
 
 
 def main() -> None:

@@ -12,13 +12,12 @@ Processes are runs of train.py, whose TensorBoard says how many images they trai
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import ROOT, parser_of, rate, report, set_up, take_turns, times_faster
+from common import ROOT, call_on_one_core, parser_of, rate, report, set_up, take_turns, times_faster
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --memory_limit 8".split()
@@ -44,9 +43,7 @@ def processes_speed(count: int, words: list[str], folder: str) -> float:
     command += [str(ROOT / "train.py"), "--name", "scaling", *BASE, *SIZES]
     command += ["--num_steps", "60", "--eval_every", "60", "--log_every", "5", *words]
     command += ["--output_dir", str(place / "output"), "--log_dir", str(place / "logs")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    call_on_one_core(command)
     board = EventAccumulator(str(next((place / "logs").iterdir()))).Reload()
     return statistics.median(event.value for event in board.Scalars("train/images_per_second")[2:])
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import print_table
+from common import markdown
 
 KEPT = Path(__file__).resolve().parent / "speed"
 B32 = "throughput.py --model_type ViT-B_32 --img_size 224 --train_batch_size 32"
@@ -37,8 +37,7 @@ def main() -> None:
     for name, words in MEASURED.items():
         for path in sorted(KEPT.glob(f"{name}*.json")):
             kept = json.loads(path.read_text(encoding="utf-8"))
-            print(f"\n`python benchmarks/{words}`\n\n{kept['title']}; {kept['machine']}\n")
-            print_table(kept["rows"])
+            print(f"\n`python benchmarks/{words}`\n\n{kept['title']}; {kept['machine']}\n\n{markdown(kept['rows'])}")
 
 
 if __name__ == "__main__":

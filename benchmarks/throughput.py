@@ -28,7 +28,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from common import parser_of, rate, report, set_up, take_turns, times_faster
+from common import parser_of, rate, report, set_up, take_turns, times_faster, timm_vit
 from torch import nn
 
 from models import MODELS
@@ -99,19 +99,6 @@ class Peer:
         return (self.forward().argmax(dim=1) == self.labels).sum()
 
 
-def timm_vit(args: Namespace, config: dict, fused: bool) -> nn.Module:
-    """timm's model of the same sizes, with dropout where ours has it."""
-    timm.layers.set_fused_attn(fused)
-    model = timm.models.VisionTransformer(
-        img_size=args.img_size, patch_size=config["patch_size"], num_classes=config["num_classes"],
-        embed_dim=config["dim"], depth=config["depth"], num_heads=config["heads"],
-        mlp_ratio=config["mlp_dim"] / config["dim"], pos_drop_rate=config["dropout"], proj_drop_rate=config["dropout"],
-    )  # fmt: skip
-    for block in model.blocks:
-        block.attn.proj_drop.p = 0.0
-    return model
-
-
 def peers(args: Namespace, config: dict, precision: str, images: torch.Tensor, vs: Path | None) -> dict[str, Peer]:
     """Models of the same sizes by others, on random labels."""
     device, found = images.device, {}
@@ -123,17 +110,20 @@ def peers(args: Namespace, config: dict, precision: str, images: torch.Tensor, v
         return Peer(model.to(device), images, labels, precision)
 
     if args.model_type.startswith("ViT"):
+        sizes = {word: config[word] for word in "patch_size num_classes dim depth heads mlp_dim dropout".split()}
+        sizes["image_size"] = args.img_size
         for fused, layout in itertools.product((True, False), ("contiguous_format", "channels_last")):
             name = f"timm, {'' if fused else 'not '}fused, {layout.removesuffix('_format')}, {precision}"
             layout = getattr(torch, layout)
-            model = timm_vit(args, config, fused).to(memory_format=layout)
+            timm.layers.set_fused_attn(fused)
+            model = timm_vit(**sizes).to(memory_format=layout)
+            for block in model.blocks:
+                block.attn.proj_drop.p = 0.0  # dropout where ours has it
             found[name] = peer(model, images.contiguous(memory_format=layout))
         tried = take_turns({name: one.step for name, one in found.items()}, device=device, rounds=1, seconds=0)
         best = min(tried, key=lambda name: min(tried[name]))
         found = {best: found[best]}
-        sizes = {word: config[word] for word in ("patch_size", "dim", "depth", "heads", "mlp_dim", "dropout")}
-        plain = PlainViT(image_size=args.img_size, num_classes=config["num_classes"], **sizes)
-        found["plain, fp32"] = peer(plain, precision="fp32")
+        found["plain, fp32"] = peer(PlainViT(**sizes), precision="fp32")
     if vs:
         spec = importlib.util.spec_from_file_location("vs", vs)
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
