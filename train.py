@@ -45,7 +45,7 @@ from utils.dist_util import Processes
 from utils.log_util import RunLog, gflops, run_description
 from utils.loss import accuracy_of, balanced_weights, loss_of
 from utils.optim import Average, make_optimizer, make_scaler
-from utils.run_files import RunFiles, run_id, settings
+from utils.run_files import RunFiles, settings
 
 SAVE_SECONDS = 300  # _last.bin is never older than this,
 BAR = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"  # at most 76 columns and the bar
@@ -130,7 +130,7 @@ class Trainer:
         self.bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite
         self.started = self.saved = time.monotonic()
         self.save_took = 0.0  # seconds, the last time
-        self.files = RunFiles(args.output_dir, args.log_dir, run_id(args))
+        self.files = RunFiles.of(args)
         self.log = RunLog(self.files, enabled=processes.main)
 
     def trained_part(self, model: nn.Module) -> nn.Module:
@@ -440,7 +440,7 @@ def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None
     processes = dist_util.start(args.device, args.gpu_id)
     source = resolve(args)
     if args.memory_limit is None:  # whether images are kept or streamed; a continued run keeps what it had
-        begun = RunFiles(args.output_dir, args.log_dir, run_id(args)).record("start") or {}
+        begun = RunFiles.of(args).record("start") or {}
         limit = None if args.validate or args.overwrite else begun.get("memory_limit")
         limit = device.memory_limit(processes.device) if limit is None else limit
         args.memory_limit = min(dist_util.gather(limit))
@@ -464,7 +464,7 @@ def main(args: Namespace) -> int:
     if args.validate:
         validate_only(args, processes, data, source)
         return 0
-    files = RunFiles(args.output_dir, args.log_dir, run_id(args))
+    files = RunFiles.of(args)
     if not args.overwrite:
         files.check_same(settings(args), data.classes, data.files, args.extend)
         if files.state == "finished" and not (args.extend and args.num_steps > files.record("end")["step"]):

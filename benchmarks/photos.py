@@ -22,7 +22,7 @@ from models import MODELS, NORM_TYPES
 from utils import options
 from utils.datasets import fashionmnist, fashionmnist_mini
 from utils.presets import DATASETS
-from utils.run_files import RunFiles, run_id
+from utils.run_files import RunFiles
 
 LEFT_OUT = (5, 8)  # sandals, bags
 SHAPE = "--model_type ViT-Ti_16 --img_size 28 --patch_size 7 --dim 96 --depth 4 --heads 4 --mlp_dim 192 --dropout 0"
@@ -56,7 +56,7 @@ def run(words: str, out: Path) -> tuple[dict, Path]:
     """A run's last record and its checkpoint; a finished one is left alone."""
     places = ["--output_dir", str(out), "--log_dir", str(out)]
     args = options.parse_train_args(MODELS, NORM_TYPES, [*words.split(), *places])
-    files = RunFiles(args.output_dir, args.log_dir, run_id(args))
+    files = RunFiles.of(args)
     if train.main(args):
         sys.exit(f"{files.id} was interrupted")
     return files.record("end"), files.best

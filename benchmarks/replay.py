@@ -20,7 +20,7 @@ from common import ROOT, keep_log, machine, markdown
 from models import MODELS, NORM_TYPES
 from utils import options
 from utils.device import choose_device
-from utils.run_files import RunFiles, read_records, run_id
+from utils.run_files import RunFiles, read_records
 from utils.vis_utils import legend_below, new_figure
 
 KEPT = ROOT / "benchmarks" / "results" / "replay"
@@ -44,7 +44,7 @@ def replay(norm: str, steps: int, words: list[str]) -> None:
     """Train until the evaluation at `steps`, and keep the log."""
     words = ["@recipes/rescalevit_cifar10.args", "--name", "replay", "--norm_type", norm, *words]
     args = options.parse_train_args(MODELS, NORM_TYPES, words)
-    log = RunFiles(args.output_dir, args.log_dir, run_id(args)).json
+    log = RunFiles.of(args).json
     if max(evaluations(log), default=0) < steps:
         process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT)
         try:

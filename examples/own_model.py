@@ -23,7 +23,7 @@ from models import MODELS, NORM_TYPES
 from utils import cli, dist_util, options
 from utils.augment import Augment
 from utils.presets import AUGS, DATASETS
-from utils.run_files import RunFiles, run_id
+from utils.run_files import RunFiles
 
 
 class ConvNet(nn.Module):
@@ -82,7 +82,7 @@ def main(words: list[str]) -> int:
     status = train.main(args)
 
     if status == 0 and not (args.validate or args.dry_run):
-        run = eval.load_run(RunFiles(args.output_dir, args.log_dir, run_id(args)).best, "cpu")
+        run = eval.load_run(RunFiles.of(args).best, "cpu")
         images, labels = stripes(Path())[0]["test"]
         for label, answer in zip(labels[:3].tolist(), run.predict(images[:3], top=2), strict=True):
             print(f"{run.classes[label]}: " + ", ".join(f"{name} {100 * p:.0f} %" for name, p in answer))

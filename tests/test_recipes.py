@@ -200,7 +200,7 @@ def trained(tmp_path_factory):
             words += ["--pretrained_dir", get(before).best]
         args = parse(recipe, *words, *places(folder))
         assert train.main(args) == 0
-        made[recipe] = RunFiles(args.output_dir, args.log_dir, run_id(args))
+        made[recipe] = RunFiles.of(args)
         return made[recipe]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -266,8 +266,8 @@ def check(args: argparse.Namespace) -> None:
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
     if args.validate and not both and not args.load_model_dir:
-        ids = dict.fromkeys((run_id(args), run_id(argparse.Namespace(**vars(args) | {"pretrained_dir": "any"}))))
-        paths = [RunFiles(args.output_dir, args.log_dir, each).best for each in ids]
+        fine_tuned = argparse.Namespace(**vars(args) | {"pretrained_dir": "any"})
+        paths = list(dict.fromkeys(RunFiles.of(each).best for each in (args, fine_tuned)))
         args.load_model_dir = next((str(path) for path in paths if path.is_file()), None)
         own = " or ".join(map(str, paths))
         refuse(not args.load_model_dir, f"-v evaluates --load_model_dir FILE, or {own}: no such file")

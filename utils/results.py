@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.cli import UserError, refuse, refusing
-from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_text, run_id, settings
+from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_text, settings
 
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
 NORMS = ("LN", "BN", "GN", "Rescale")  # columns of every table
@@ -367,7 +367,7 @@ def plan(args: Namespace) -> tuple[str, float | None]:
 
     The time is that of a finished run of equal cost, in the same folder.
     """
-    files, now = RunFiles(args.output_dir, args.log_dir, run_id(args)), settings(args)
+    files, now = RunFiles.of(args), settings(args)
     unit, state = "num_steps" if args.num_steps else "epochs", "new" if args.overwrite else files.state
     steps = f"{args.num_steps} steps" if args.num_steps else f"{args.epochs:g} epochs"
     if state != "new" and (changed := files.differences(now, free=LENGTH if args.extend else ())):

@@ -71,6 +71,11 @@ class RunFiles:
         names = ("checkpoint", "last", "last.prev")
         self.best, self.last, self.previous = (self.folder / f"{run_id}_{name}.bin" for name in names)
 
+    @classmethod
+    def of(cls, args: Namespace) -> "RunFiles":
+        """Those of the run that flags of train.py name."""
+        return cls(args.output_dir, args.log_dir, run_id(args))
+
     def record(self, event: str) -> dict | None:
         """The newest record of a kind: 'start' has the settings, 'end' the results; an extended run has more starts."""
         records = read_records(self.json)[0] if self.json.exists() else []
