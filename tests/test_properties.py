@@ -236,13 +236,13 @@ def test_images_of_many_sizes_in_one_batch(sizes, size, interpolation, seed):
 
 
 @given(
-    st.integers(1, 4), st.integers(1, 6), st.floats(0, 4), st.floats(0, 4), st.floats(0, 0.9),
+    st.integers(1, 4), st.integers(1, 6), st.floats(0, 4), st.floats(0, 4),
     st.floats(0, 1), st.floats(0, 1), sides, sides, seeds,
 )  # fmt: skip
-def test_mix(pairs, classes, mixup, cutmix, smoothing, prob, switch_prob, height, width, seed):
+def test_mix(pairs, classes, mixup, cutmix, prob, switch_prob, height, width, seed):
     assume(mixup > 1e-3 or cutmix > 1e-3)
     mixup, cutmix = (value if value > 1e-3 else 0.0 for value in (mixup, cutmix))
-    mix = Mix(classes, mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch_prob, smoothing=smoothing)
+    mix = Mix(classes, mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch_prob)
     images = torch.rand(2 * pairs, 3, height, width, generator=seeded(seed))
     labels = torch.randint(classes, (2 * pairs,), generator=seeded(seed))
     share, box = mix.draw((height, width), seeded(seed))

@@ -211,17 +211,17 @@ class Mix:
         num_classes: length of the targets.
         mixup, cutmix: both parameters of the Beta distribution of an image's own share; 0 turns that kind off.
         prob, switch_prob: of mixing a batch at all; of cutmix, where both are on.
-        smoothing: label smoothing of the targets; 0 where the loss smooths them, which is the same.
+
+    Targets are not smoothed: the loss does that, which is the same.
     """
 
     def __init__(
-        self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, prob: float = 1.0,
-        switch_prob: float = 0.5, smoothing: float = 0.0,
-    ):  # fmt: skip
+        self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, prob: float = 1.0, switch_prob: float = 0.5
+    ):
         if not mixup and not cutmix:
             raise ValueError("mixup and cutmix are both 0, there is nothing to mix by")
-        self.num_classes, self.smoothing = num_classes, smoothing
-        self.mixup, self.cutmix, self.prob, self.switch_prob = mixup, cutmix, prob, switch_prob
+        self.num_classes, self.mixup, self.cutmix = num_classes, mixup, cutmix
+        self.prob, self.switch_prob = prob, switch_prob
 
     def draw(self, size: tuple[int, int], generator: torch.Generator) -> tuple[float, tuple[int, int, int, int] | None]:
         """An image's own share, and for cutmix the box (top, left, bottom, right) that its neighbour fills.
@@ -249,7 +249,7 @@ class Mix:
         """
         if len(images) % 2:
             raise ValueError(f"{len(images)} images don't make pairs; each process and pass needs an even number")
-        targets = F.one_hot(labels, self.num_classes) * (1 - self.smoothing) + self.smoothing / self.num_classes
+        targets = F.one_hot(labels, self.num_classes).float()
         targets = torch.lerp(_neighbours(targets), targets, share)
         if box:
             top, left, bottom, right = box
