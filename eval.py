@@ -188,12 +188,12 @@ def score(run: Classifier, args: Namespace, folder: Path) -> None:
     if "top5" in result:
         print(f"Top-5 accuracy: {result['top5']:.5f}")
     print(f"Loss: {result['loss']:.5f}\nBalanced accuracy: {means['balanced_accuracy']:.5f}")
-    width = max(len("mean of the classes"), *map(len, run.classes))
+    macro = [means[f"macro_{name}"] for name in ("precision", "recall", "f1")]
+    rows.append(("mean of the classes", *macro, result["seen"]))
+    width = max(len(name) for name, *_ in rows)
     print(f"  {'Class':<{width}}  precision  recall      F1  images")
-    for name, *three, n in rows:
-        print(f"  {name:<{width}}     {three[0]:.4f}  {three[1]:.4f}  {three[2]:.4f}  {n:>6}")
-    three = [means[f"macro_{name}"] for name in ("precision", "recall", "f1")]
-    print(f"  {'mean of the classes':<{width}}     {three[0]:.4f}  {three[1]:.4f}  {three[2]:.4f}  {result['seen']:>6}")
+    for name, precision, recall, f1, n in rows:
+        print(f"  {name:<{width}}     {precision:.4f}  {recall:.4f}  {f1:.4f}  {n:>6}")
     for true, taken, n, of in worst:
         print(f"{true} taken for {taken}: {n} of {of}")
     print(f"Confusion matrix: {picture}")
