@@ -122,8 +122,9 @@ class Trainer:
         self.on_features = args.freeze and not self.mix and not frozen.is_random(self.augment)
         if self.on_features:
             self.notes.append("--freeze: features are computed once, as nothing about the images is random")
-            both = self.augment, self.eval_augment
-            self.data = frozen.on_features(self.model, data, *both, args, self.device, self.precision)
+            self.data = frozen.on_features(
+                self.model, data, self.augment, self.eval_augment, args, self.device, self.precision
+            )
             self.augment = self.eval_augment = frozen.Features()
         self.parallel = dist_util.parallel(self.trained_part(self.model), processes)
         self.progress = Progress(torch.zeros((), device=self.device), torch.zeros((), device=self.device))

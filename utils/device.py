@@ -63,8 +63,10 @@ def host_memory() -> int:
 
 def memory_limit(device: torch.device) -> float:
     """GiB that each split of a data set may take: a quarter of what is free on the device and on the host."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
-    return min(free, host_memory()) / 4 / 2**30
+    free = host_memory()
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return free / 4 / 2**30
 
 
 def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:

@@ -83,15 +83,10 @@ def largest(*values: int) -> list[int]:
     return tensor.tolist()
 
 
-def is_lost(error: Exception) -> bool:
-    """Whether an exchange failed because another process is gone or does not answer."""
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
-
-
 def explain(error: Exception) -> UserError | None:
     """An error that is no mistake of the code in one line: no memory, a lost process, no compiler for torch.compile."""
     reason = str(error).splitlines()[0] if str(error) else "the host"
-    if is_lost(error):
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
         return UserError("another process is gone or stuck; the same command goes on from the last save")
     if type(error).__module__.startswith("torch._inductor"):  # most often, there is no C++ compiler
         return UserError(f"--compile: torch cannot compile the model here ({reason}); leave it out")

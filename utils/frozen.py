@@ -34,8 +34,6 @@ def train_mode(model: nn.Module, frozen: bool) -> None:
 class Features:
     """In the place of an `Augment` for what `on_features` gives: there is nothing to draw and to change."""
 
-    size = 0
-
     def draw(self, sizes: torch.Tensor, generator=None, progress: float = 0.0) -> dict:
         return {}
 

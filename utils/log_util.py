@@ -54,16 +54,19 @@ class RunLog:
         kept where an average of the weights was scored, `best` the highest accuracy so far; facts are train_loss,
         train_accuracy, lr and seconds.
         """
-        losses = {"Train Loss": facts["train_loss"], "Valid Loss": result["loss"], "Valid Accuracy": result["accuracy"]}
-        losses["Train Accuracy"] = facts["train_accuracy"]
+        figures = {
+            "Train Loss": facts["train_loss"], "Valid Loss": result["loss"], "Valid Accuracy": result["accuracy"],
+            "Train Accuracy": facts["train_accuracy"],
+        }  # fmt: skip
         for kind in ("raw", "average") if "kept" in result else ():
             kept = " (these count)" if kind == result["kept"] else ""
-            losses[f"Accuracy of the {kind} weights{kept}"] = result[f"{kind}_accuracy"]
-        lines = [f"Global Steps: {step}", *(f"{name}: {value:.5f}" for name, value in losses.items())]
+            figures[f"Accuracy of the {kind} weights{kept}"] = result[f"{kind}_accuracy"]
+        lines = [f"Global Steps: {step}", *(f"{name}: {value:.5f}" for name, value in figures.items())]
         self.info("Validation Results", *lines, screen=" | ".join(lines))
-        shown = {"accuracy": result["accuracy"], "best_accuracy": best, "loss": result["loss"]}
-        shown = {f"{split}/{name}": value for name, value in shown.items()}
-        self.scalars(step, shown | {"train/accuracy": facts["train_accuracy"]})
+        self.scalars(step, {
+            f"{split}/accuracy": result["accuracy"], f"{split}/best_accuracy": best, f"{split}/loss": result["loss"],
+            "train/accuracy": facts["train_accuracy"],
+        })  # fmt: skip
         scores = {name: value for name, value in result.items() if name != "confusion"}
         self.record(event="eval", step=step, epoch=epoch, split=split, **scores, best=best, **facts)
 
