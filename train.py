@@ -395,8 +395,8 @@ def load_source(model: nn.Module, source: weights.WeightFile | None, args: Names
     refuse(exact and not same_classes, f"{source.path} has other classes than {args.dataset}; try --pretrained_dir")
     report = weights.load_weights(model, source, same_classes, exact)
     anew = [name for name in report.reinitialised if not name.startswith("head.")]
-    lacks = f"{source.path} has no {' '.join(anew[:1])} for the model"
-    refuse(args.freeze and anew, f"--freeze trains the head alone, and {lacks}")
+    if args.freeze and anew:
+        raise UserError(f"--freeze trains the head alone, and {source.path} has no {anew[0]} for the model")
     return f"{source.path}: {report}"
 
 

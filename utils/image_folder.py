@@ -80,9 +80,9 @@ def choose_dataset(dataset: str | None, data_dir: str | None, labels: str | None
 
 
 def check_known(where: Path | str, found: Iterable[str], classes: list[str]) -> None:
-    other = [name for name in found if name not in classes]
     known = f"the {len(classes)} known: {', '.join(classes[:10])}"
-    refuse(other, f"{where}: class {''.join(other[:1])!r} is not among {known}")
+    for name in found:
+        refuse(name not in classes, f"{where}: class {name!r} is not among {known}")
 
 
 class Skipped(Counter):
@@ -178,15 +178,17 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
                 for row in csv.DictReader(lines, delimiter=delimiter)]  # fmt: skip
     refuse(not rows or not {"file", "label"} <= rows[0].keys(), f"--labels {table}: no rows of file,label[,split]")
     wrong = sorted({row["split"] for row in rows if row.get("split") and row["split"].lower() not in SPLITS})
-    refuse(wrong, f"--labels {table}: split {''.join(wrong[:1])!r} is none of {' '.join(SPLITS)}")
+    if wrong:
+        raise UserError(f"--labels {table}: split {wrong[0]!r} is none of {' '.join(SPLITS)}")
     names = [nfc(row["file"]) for row in rows]
-    twice = [name for name, n in Counter(names).items() if n > 1]
-    refuse(twice, f"--labels {table}: {len(twice)} files come twice, as {''.join(twice[:1])}")
-    unlabelled = [name for name, row in zip(names, rows, strict=True) if not row["label"]]
-    refuse(unlabelled, f"--labels {table}: {len(unlabelled)} files without a label, as {''.join(unlabelled[:1])}")
     there = {nfc(os.path.relpath(path, root)): path for path in files_in(root)}
-    absent = [name for name in names if name not in there]
-    refuse(absent, f"--labels {table}: {len(absent)} files are not in {root}, as {''.join(absent[:1])}")
+    for found, what in (
+        ([name for name, n in Counter(names).items() if n > 1], "come twice"),
+        ([name for name, row in zip(names, rows, strict=True) if not row["label"]], "without a label"),
+        ([name for name in names if name not in there], f"are not in {root}"),
+    ):
+        if found:
+            raise UserError(f"--labels {table}: {len(found)} files {what}, as {found[0]}")
     classes = sorted({nfc(row["label"]) for row in rows})
     sets = {}
     for name, row in sorted(zip(names, rows, strict=True), key=lambda pair: pair[0]):
