@@ -319,10 +319,13 @@ def describe_sizes(sizes: torch.Tensor, short_side: int | None) -> str:
     """Sizes (n, 2), for the log."""
     if not len(sizes):
         return "no image"
-    ends = [sizes[place(sizes.prod(dim=1))].tolist() for place in (torch.argmin, torch.argmax)]
-    text = " to ".join(f"{width}x{height}" for height, width in ends[ends[0] == ends[1] :]) + " pixels"
-    cut = short_side and (sizes.min(dim=1).values > short_side).any()
-    return f"{text}, kept at a short side of {short_side} or less, which is all that crops can use" if cut else text
+    pixels = sizes.prod(dim=1)
+    ends = (sizes[place].tolist() for place in (pixels.argmin(), pixels.argmax()))
+    smallest, largest = (f"{width}x{height}" for height, width in ends)
+    text = f"{smallest} pixels" if smallest == largest else f"{smallest} to {largest} pixels"
+    if short_side and (sizes.min(dim=1).values > short_side).any():
+        text += f", kept at a short side of {short_side} or less, which is all that crops can use"
+    return text
 
 
 def cifar(root: Path, cls: str, **fetch) -> tuple[dict, list[str]]:
@@ -493,15 +496,13 @@ def load_data(
 
 
 def _image_set(
-    images: torch.Tensor | np.ndarray | list[str], labels: torch.Tensor, root: Path, *how
-) -> tuple[ImageSet, dict[str, str], list[str]]:
-    """A split; why those of its files that can't be read, which are left out, can't; and lines for the log.
-
-    `how` are the other arguments of `load_files`.
-    """
+    images: torch.Tensor | np.ndarray | list[str], labels: torch.Tensor, root: Path, places: list[Path],
+    memory_limit: int, short_side: int | None,
+) -> tuple[ImageSet, dict[str, str], list[str]]:  # fmt: skip
+    """A split; why those of its files that can't be read, which are left out, can't; and lines for the log."""
     if isinstance(images, (torch.Tensor, np.ndarray)):
         return ImageSet(Uniform(torch.as_tensor(images)), torch.arange(len(labels)), labels), {}, []
-    source, broken, line = load_files(images, root, *how)
+    source, broken, line = load_files(images, root, places, memory_limit, short_side)
     ids = torch.tensor([i for i in range(len(images)) if i not in broken], dtype=torch.int64)
     return ImageSet(source, ids, labels[ids], list(images)), {images[i]: why for i, why in broken.items()}, [line]
 

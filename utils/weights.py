@@ -279,7 +279,9 @@ def _few(names: list[str]) -> str:
 
 
 def _depth(names) -> int:
-    return 1 + max((int(m[1]) for m in (re.match(r"blocks\.([0-9]{1,6})\.", name) for name in names) if m), default=-1)
+    """The number of blocks that names of tensors speak of."""
+    found = [re.match(r"blocks\.([0-9]{1,6})\.", name) for name in names]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 def _matches(name: str, patterns) -> bool:
@@ -300,7 +302,8 @@ def _check_model(file: WeightFile, state: State, target: State, model: nn.Module
             raise UserError(f"{path}: {name}: a gated MLP (SwiGLU), which {kind} has not")
     theirs, ours = _depth(state), _depth(target)
     refuse(theirs and theirs != ours, f"{path}: has {theirs} blocks, the model {ours}; another --model_type?")
-    heads = getattr(getattr(next(iter(getattr(model, "blocks", [])), None), "attn", None), "heads", file.heads)
+    block = next(iter(getattr(model, "blocks", [])), None)
+    heads = getattr(getattr(block, "attn", None), "heads", file.heads)
     wrong = file.heads not in (None, heads)
     refuse(wrong, f"{path}: has {file.heads} attention heads, the model {heads}; another --model_type or --heads?")
     body = [name for name, _ in model.named_parameters() if not name.startswith("head.")]
