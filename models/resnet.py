@@ -57,7 +57,7 @@ class ResNetStem(nn.Module):
 
     stride = 16
 
-    def __init__(self, channels: int = 3, depths: tuple[int, int, int] = (3, 4, 9), width: int = 64):
+    def __init__(self, channels: int, depths: tuple[int, int, int], width: int):
         super().__init__()
         if len(depths) != 3:
             raise ValueError(f"stem depths {' '.join(map(str, depths))} are not three, one a block")

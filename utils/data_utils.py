@@ -22,6 +22,8 @@ from utils.cli import UserError
 from utils.datasets import MEND, Files, ImageSet, Ragged, Uniform, read_image
 from utils.dist_util import SIGNALS, waiting
 
+PART = 2**24  # bytes of a part of a batch of many sizes
+
 
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
@@ -43,9 +45,6 @@ def batch_index(step: int, batch_size: int, n: int, seed: int, ra: int = 1) -> t
     return torch.cat([copies[k::ra].roll(-k) for k in range(ra)])
 
 
-PART = 2**24  # bytes of a part of a batch of many sizes
-
-
 class _Decode(torch.utils.data.Dataset):
     """For DataLoader: a list of (i, box) -> images i, cut to their boxes: their pixels end to end, their heights and
     widths (b, 2), and the sizes of their boxes (b, 2).
@@ -55,7 +54,7 @@ class _Decode(torch.utils.data.Dataset):
     and then not always whole.
     """
 
-    def __init__(self, source: Files, size: int, shared: bool = True):
+    def __init__(self, source: Files, size: int, shared: bool):
         self.source, self.size, self.shared = source, size, shared
 
     def __getitem__(self, items: list[tuple[int, list[int] | None]]) -> tuple | str:

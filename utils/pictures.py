@@ -254,12 +254,12 @@ def similarity(table: torch.Tensor) -> torch.Tensor:
     return unit @ unit.T
 
 
-def principal_components(kernels: torch.Tensor, limit: int = FILTERS) -> tuple[torch.Tensor, float]:
-    """Principal components of filters (d, c, h, w): (n, c, h, w), n at most `limit`; and their share of variance."""
+def principal_components(kernels: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Principal components of filters (d, c, h, w): (n, c, h, w), n at most FILTERS; and their share of variance."""
     flat = kernels.double().flatten(1)
     flat = flat - flat.mean(dim=0)
     values, vectors = torch.linalg.svd(flat, full_matrices=False)[1:]
-    n = min(limit, max(1, int((values > 1e-5 * values[0]).sum())))
+    n = min(FILTERS, max(1, int((values > 1e-5 * values[0]).sum())))
     share = (values[:n].square().sum() / values.square().sum().clamp(min=1e-300)).item()
     return vectors[:n].float().unflatten(1, kernels.shape[1:]), share
 

@@ -129,7 +129,7 @@ class RunFiles:
                     found.append(f"{split}/{name} other names or sizes of files")
         return found if len(found) <= 10 else [*found[:10], f"and {len(found) - 10} more"]
 
-    def check_same(self, now: dict, classes: list[str], files: dict[str, dict], extend: bool = False) -> None:
+    def check_same(self, now: dict, classes: list[str], files: dict[str, dict], extend: bool) -> None:
         """UserError where the run on disk has other settings or images, or isn't there to be extended."""
         if changed := self.other_data(classes, files):
             way_out = "bring them back, or start anew: another --name, with --load_model_dir"

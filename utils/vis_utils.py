@@ -81,8 +81,9 @@ def new_figure(width: float, height: float, title: str):
     return figure
 
 
-def legend_below(figure, size: float = 9) -> None:
+def legend_below(figure) -> None:
     """A legend under the figure, in as many columns as fit, which makes it that much higher."""
+    size = 9
     handles, labels = figure.axes[0].get_legend_handles_labels()
     labels = [wrap(label, figure.get_figwidth() - 1, size) for label in labels]
     longest = max(width(line, size) for label in labels for line in label.split("\n"))
@@ -265,11 +266,11 @@ def tile(tiles: np.ndarray, columns: int, gap: int, fill: float | tuple) -> np.n
     return canvas
 
 
-def _panels(count: int, height: float, title: str, side: float = 5.0):
+def _panels(count: int, height: float, title: str):
     """A figure and its `count` axes, at most two in a row."""
     columns = min(2, count)
     rows = -(-count // columns)
-    figure = new_figure(side * columns + 1.2, height * rows + 0.6, title)
+    figure = new_figure(5.0 * columns + 1.2, height * rows + 0.6, title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in panels[count:]:
         unused.remove()
