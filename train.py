@@ -47,8 +47,8 @@ from utils.loss import accuracy_of, balanced_weights, loss_of
 from utils.optim import Average, make_optimizer, make_scaler
 from utils.run_files import RunFiles, settings
 
-SAVE_SECONDS = 300  # _last.bin is never older than this,
 BAR = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"  # at most 76 columns and the bar
+SAVE_SECONDS = 300  # _last.bin is never older than this,
 SAVE_TIMES = 20  # and is written at evaluations, unless that would take more than a twentieth of the time
 
 

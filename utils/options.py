@@ -252,8 +252,8 @@ def check(args: argparse.Namespace) -> None:
     odd = (args.mixup or args.cutmix) and batch // parts % 2
     refuse(odd, f"--mixup and --cutmix need an even number of images per process and pass, not {share}")
     refuse(args.ra > batch, f"--ra {args.ra} is more than --train_batch_size {batch}")
-    foreign = args.labels and args.dataset not in (None, "imagefolder")
-    refuse(foreign, f"--labels {args.labels} goes with --dataset imagefolder, not {args.dataset}")
+    misplaced = args.labels and args.dataset != "imagefolder"
+    refuse(misplaced, f"--labels {args.labels} goes with --dataset imagefolder, not {args.dataset}")
     refuse((args.mean is None) != (args.std is None), "--mean and --std go together")
     refuse(scale and scale[0] > scale[1], f"--scale {scale}: the first is above the second")
     for flag in ("scale", "aug_prob"):
@@ -265,7 +265,7 @@ def check(args: argparse.Namespace) -> None:
     refuse(args.extend and args.overwrite, "--extend goes on with a run, --overwrite deletes it; leave one out")
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
-    if args.validate and not both and not args.load_model_dir:
+    if args.validate and not args.load_model_dir:
         fine_tuned = argparse.Namespace(**vars(args) | {"pretrained_dir": "any"})
         paths = list(dict.fromkeys(RunFiles.of(each).best for each in (args, fine_tuned)))
         args.load_model_dir = next((str(path) for path in paths if path.is_file()), None)

@@ -19,6 +19,9 @@ from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_t
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
 NORMS = ("LN", "BN", "GN", "Rescale")  # columns of every table
 SIZES = {"patch_size": "patch", "dim": "dim", "depth": "depth", "heads": "heads", "mlp_dim": "mlp", "stem": "stem"}
+# Settings that runs of equal cost have in common.
+COST = ("model_type", "img_size", "train_batch_size", "gradient_accumulation_steps", "fp16", "bf16", *SIZES)
+COST += ("freeze", "compile", "merge_layer", "merge_num", "img_sizes")
 
 # The inverse of `run_files.run_id`, for logs whose names alone say it.
 RUN_ID = re.compile(
@@ -349,10 +352,6 @@ def csv_text(found: dict[tuple[str, str], list[Row]]) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return file.getvalue()
-
-
-COST = ("model_type", "img_size", "train_batch_size", "gradient_accumulation_steps", "fp16", "bf16", *SIZES)
-COST += ("freeze", "compile", "merge_layer", "merge_num", "img_sizes")
 
 
 def scores(files: RunFiles) -> str:
