@@ -10,7 +10,6 @@ that of the best checkpoint, mean and sample standard deviation over seeds; unfi
 are in no mean. Files that are not of a run are named and left out.
 """
 
-from models import MODELS
 from utils import cli, options
 from utils.cli import refuse
 
@@ -126,7 +125,7 @@ def main(args: Namespace) -> int:
     notes = [f"{run.id}: the last line is cut off and left out" for run in runs if run.cut_off]
     for note in (*notes, *(f"left out: {each}" for each in left_out)):
         print(f"plot.py: {cli.one_line(note)}", file=sys.stderr)
-    found = results.tables(runs, MODELS)
+    found = results.tables(runs)
     text = "\n".join(results.markdown(*key, rows) for key, rows in found.items())
     print(text)
     path = Path(args.runs)

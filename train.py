@@ -10,11 +10,11 @@ Results land in output/ (RUN.txt, .jsonl, _checkpoint.bin, _last.bin, _last.prev
 The same command again continues an unfinished run, on one machine's CPU to the bit, and leaves a finished one alone.
 """
 
-from models import MODELS, NORM_TYPES, create_model
+from models import MODELS, create_model
 from utils import cli, options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
-    ARGS = options.parse_train_args(MODELS, NORM_TYPES)
+    ARGS = options.parse_train_args()
     cli.say("Loading PyTorch ...")
 
 import contextlib
@@ -221,9 +221,7 @@ class Trainer:
             torch=torch.__version__, memory_limit=args.memory_limit,
             device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         )  # fmt: skip
-        groups = ("data", "augmentation", "optimisation", "precision and speed")
-        flags = options.describe(args, options.train_parser(MODELS, NORM_TYPES), groups)
-        notes = [*data.notes, *flags, *self.notes]
+        notes = [*data.notes, *options.describe(args), *self.notes]
         self.log.info(*run_description(args, facts, self.weights, self.precision_note, notes))
         self.log.record(event="start", settings=settings(args), **facts)
 
@@ -422,8 +420,7 @@ def resolve(args: Namespace) -> weights.WeightFile | None:
     path = args.pretrained_dir or args.load_model_dir
     source = weights.read_weights(path) if path else None
     if args.load_model_dir and source.own.get("config"):
-        config = source.own["config"]
-        options.resolve_model(args, config, MODELS.get(config["model_type"], {}))
+        options.resolve_model(args, source.own["config"])
     if args.validate and source.own.get("args"):
         options.resolve_evaluation(args, source.own["args"])
     options.resolve_normalization(args, source and source.normalize)

@@ -49,13 +49,12 @@ def set_up(words: list[str], folder: str | Path, copies: int = 1):
         folder: for the run's files.
         copies: of the training images, which must be in memory then, for a larger set.
     """
-    from models import MODELS, NORM_TYPES
     from train import Trainer, prepare
     from utils import options
     from utils.datasets import Uniform
 
     places = ["--output_dir", str(folder), "--log_dir", str(folder)]
-    args = options.parse_train_args(MODELS, NORM_TYPES, [*words, *places])
+    args = options.parse_train_args([*words, *places])
     processes, data, source = prepare(args)
     train = data.train
     if copies > 1:

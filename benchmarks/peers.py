@@ -12,7 +12,7 @@ from common import timm_vit
 from vit_pytorch.cct import cct_2
 
 import train
-from models import MODELS, NORM_TYPES
+from models import MODELS
 from utils import cli, dist_util, options
 
 
@@ -32,7 +32,7 @@ PEERS = {
 
 def main(words: list[str]) -> int:
     MODELS.update(PEERS)
-    return train.main(options.parse_train_args(MODELS, NORM_TYPES, words))
+    return train.main(options.parse_train_args(words))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import torch
 from common import ROOT, machine, markdown, spread
 
 import train
-from models import MODELS, NORM_TYPES
 from utils import options
 from utils.datasets import fashionmnist, fashionmnist_mini
 from utils.presets import DATASETS
@@ -55,7 +54,7 @@ def few(root: Path, per_class: int, seed: int) -> tuple[dict, list[str]]:
 def run(words: str, out: Path) -> tuple[dict, Path]:
     """A run's last record and its checkpoint; a finished one is left alone."""
     places = ["--output_dir", str(out), "--log_dir", str(out)]
-    args = options.parse_train_args(MODELS, NORM_TYPES, [*words.split(), *places])
+    args = options.parse_train_args([*words.split(), *places])
     files = RunFiles.of(args)
     if train.main(args):
         sys.exit(f"{files.id} was interrupted")

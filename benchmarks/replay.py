@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import ROOT, keep_log, machine, markdown
 
-from models import MODELS, NORM_TYPES
+from models import NORM_TYPES
 from utils import options
 from utils.device import choose_device
 from utils.run_files import RunFiles, read_records
@@ -43,7 +43,7 @@ def evaluations(path: Path) -> dict[int, dict]:
 def replay(norm: str, steps: int, words: list[str]) -> None:
     """Train until the evaluation at `steps`, and keep the log."""
     words = ["@recipes/rescalevit_cifar10.args", "--name", "replay", "--norm_type", norm, *words]
-    args = options.parse_train_args(MODELS, NORM_TYPES, words)
+    args = options.parse_train_args(words)
     log = RunFiles.of(args).json
     if max(evaluations(log), default=0) < steps:
         process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT)

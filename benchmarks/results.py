@@ -20,6 +20,7 @@ from pathlib import Path
 
 from common import ROOT, call_on_one_core, keep_log, machine, markdown, spread
 
+from models import NORM_TYPES
 from utils.device import choose_device
 from utils.run_files import read_records
 
@@ -43,7 +44,7 @@ CIFAR += " --img_size 32 --patch_size 4 --dim 128 --heads 4 --mlp_dim 512"
 DEMS_6 = "--model_type DEMS-Ti --depth 6 --merge_layer 2 4 --merge_num 64 32"
 KINDS = {
     "ViT": "--model_type ViT-Ti_16 --depth 6",
-    **{f"ViT, {norm}": f"--model_type ViT-Ti_16 --depth 6 --norm_type {norm}" for norm in ("BN", "GN", "Rescale")},
+    **{f"ViT, {norm}": f"--model_type ViT-Ti_16 --depth 6 --norm_type {norm}" for norm in NORM_TYPES[1:]},
     "ViT, conv stem": "--model_type ViT-Ti_16 --depth 6 --stem conv",
     "ViT, residual stem": "--model_type ViT-Ti_16 --depth 2 --stem residual",
     "MViT": "--model_type MViT-Ti --depth 4 --img_sizes 16 32",
@@ -119,7 +120,7 @@ GROUPS = {
         "MViT, depth 3, scales 16 and 32 px": f"{EQUAL} {MVIT_32}",
         "DEMS, depth 4, merges to 64 and 32": f"{EQUAL} {DEMS_32}",
     },
-    "norms": {norm: f"{EQUAL} {DEEP_28} --norm_type {norm}" for norm in ("LN", "BN", "GN", "Rescale")},
+    "norms": {norm: f"{EQUAL} {DEEP_28} --norm_type {norm}" for norm in NORM_TYPES},
 }
 
 

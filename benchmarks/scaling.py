@@ -20,11 +20,13 @@ import torch
 from common import ROOT, call_on_one_core, parser_of, rate, report, set_up, take_turns, times_faster
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from models import NORM_TYPES
+
 BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --memory_limit 8".split()
 BASE += "--opt adamw --dropout 0 --aug strong".split()
 SIZES = "--img_size 28 --dim 128 --depth 6 --heads 4 --mlp_dim 512 --train_batch_size 64".split()
 TI = "--img_size 32 --patch_size 2 --train_batch_size 32".split()
-KINDS = {f"ViT-Ti, {norm}": ["--norm_type", norm] for norm in ("LN", "BN", "GN", "Rescale")}
+KINDS = {f"ViT-Ti, {norm}": ["--norm_type", norm] for norm in NORM_TYPES}
 KINDS |= {"DEMS-Ti": ["--model_type", "DEMS-Ti"], "MViT-Ti": "--model_type MViT-Ti --img_sizes 16 32".split()}
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import eval
 import train
-from models import MODELS, NORM_TYPES
+from models import MODELS
 from utils import cli, dist_util, options
 from utils.augment import Augment
 from utils.presets import AUGS, DATASETS
@@ -77,7 +77,7 @@ def main(words: list[str]) -> int:
     AUGS["faded"] = dict(cls=Faded, flip=True)
     defaults = "--model_type ConvNet --dataset stripes --aug faded --img_size 32 --opt adamw --lr 3e-3".split()
     defaults += "--train_batch_size 64 --num_steps 200 --eval_every 50".split()
-    args = options.parse_train_args(MODELS, NORM_TYPES, [*defaults, *words])
+    args = options.parse_train_args([*defaults, *words])
     args.width = mine.width  # a setting of the run, which another one makes another run
     status = train.main(args)
 

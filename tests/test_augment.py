@@ -16,7 +16,6 @@ from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from models import MODELS, NORM_TYPES
 from utils import data_utils, datasets, options, randaugment
 from utils.augment import ERASED_AREA, Augment, Mix, eval_augment, make_mix, random_resized_boxes, train_augment
 from utils.presets import AUGS, NORMALIZE
@@ -437,7 +436,7 @@ def test_mixing_refuses():
 
 
 def parse(*words: str) -> Namespace:
-    return options.parse_train_args(MODELS, NORM_TYPES, ["--name", "x", *words])
+    return options.parse_train_args(["--name", "x", *words])
 
 
 def settings(pipeline: Augment) -> dict:

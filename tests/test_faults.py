@@ -21,7 +21,7 @@ from torch import nn
 
 import eval
 import train
-from models import MODELS, NORM_TYPES, create_model
+from models import create_model
 from utils import checkpoint, dist_util, options
 from utils.anomaly import Anomaly, NonFinite
 from utils.cli import UserError
@@ -41,7 +41,7 @@ RUN = [
 
 
 def parse(*words):
-    return options.parse_train_args(MODELS, NORM_TYPES, list(map(str, words)))
+    return options.parse_train_args(list(map(str, words)))
 
 
 def train_here(*words) -> int:

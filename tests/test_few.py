@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import train
-from models import MODELS, NORM_TYPES
 from utils import checkpoint, frozen, metrics, options
 from utils.cli import UserError
 from utils.loss import balanced_weights, loss_of
@@ -90,7 +89,7 @@ def test_a_frozen_epoch_is_20_times_faster(tmp_path):
         if name == "frozen":
             words += ["--pretrained_dir", file_of(tmp_path, "full", "_checkpoint.bin")]
         run(*words, "--num_steps", 1) if name == "full" else None
-        args = options.parse_train_args(MODELS, NORM_TYPES, [*map(str, words), *more])
+        args = options.parse_train_args([*map(str, words), *more])
         trainer = train.Trainer(args, *train.prepare(args))
         batches = trainer.batches()
         trainer.model.train()
@@ -187,7 +186,7 @@ def test_home_and_recipes_from_windows(tmp_path, monkeypatch):
     (tmp_path / "my.args").write_bytes(text.encode())
     (tmp_path / "outer.args").write_text("@~/my.args\n--seed 1\n")
     for recipe in ("@~/my.args", f"@{tmp_path}/my.args", "@~/outer.args"):
-        args = options.parse_train_args(MODELS, NORM_TYPES, [recipe, "--log_dir=~/logs"])
+        args = options.parse_train_args([recipe, "--log_dir=~/logs"])
         assert (args.name, args.data_dir) == ("run", f"{tmp_path}/data")
         assert (args.output_dir, args.log_dir) == (f"{tmp_path}/out", f"{tmp_path}/logs")
     args = options.eval_parser().parse_args(["~/x.bin", "--images", "~/a.png"])

@@ -16,7 +16,7 @@ from helpers import SIZES, TINY, in_process, no_network, places, write_cifar10, 
 from PIL import Image
 
 import eval
-from models import MODELS, NORM_TYPES, create_model
+from models import create_model
 from utils import checkpoint, datasets, options, results, weights
 from utils.cli import UserError
 
@@ -171,5 +171,5 @@ def test_logs_and_recipes_are_only_text(tmp_path):
     assert run.num_steps == 4 and set(run.settings) == {"num_steps"} and not canary.exists()
     (tmp_path / "a.args").write_text(f"--name '$(touch {canary})' `touch {canary}`")
     with pytest.raises(SystemExit):
-        options.parse_train_args(MODELS, NORM_TYPES, [f"@{tmp_path}/a.args"])
+        options.parse_train_args([f"@{tmp_path}/a.args"])
     assert not canary.exists()

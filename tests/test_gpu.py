@@ -8,7 +8,6 @@ from fake_gpu import FakeGPU, Race, Stream, WaitsForDevice
 from helpers import TINY, places, write_folder
 
 import train
-from models import MODELS, NORM_TYPES
 from utils import data_utils, options, resample
 from utils.datasets import ImageSet, load_data
 from utils.dist_util import Processes
@@ -28,7 +27,7 @@ def gpu(monkeypatch):
 def start(gpu, monkeypatch, tmp_path, *words):
     """A run, its data and its batches, after which no wait is allowed. Backward passes only put gradients in place."""
     flags = [*TINY, *places(tmp_path), *"--name test --num_steps 9 --eval_batch_size 16 --depth 1".split(), *words]
-    args = options.parse_train_args(MODELS, NORM_TYPES, list(map(str, flags)))
+    args = options.parse_train_args(list(map(str, flags)))
     options.resolve_normalization(args, None)
     with gpu.waiting_allowed():
         data = load_data(args.dataset, args.data_dir, memory_limit=args.memory_limit).to(DEVICE)

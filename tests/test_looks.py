@@ -10,7 +10,7 @@ from matplotlib import font_manager, rcParams
 from test_plot import write_run
 
 import plot
-from models import MODELS, create_model
+from models import create_model
 from utils import pictures, results, vis_utils
 
 LONG = "a-name-that-nobody-would-choose-but-somebody-has-" * 3
@@ -40,7 +40,7 @@ def test_comparison_and_curves(tmp_path, count, name):
         scores = [0.5 + 0.4 * i / count] * (1 if i % 3 == 0 else 30)
         write_run(tmp_path, scores, name=f"{name}{i}", smoothing=0.1, aug="crop", steps=len(scores), ended=i % 5 > 0)
     runs, _ = results.read_runs(tmp_path)
-    ((key, rows),) = results.tables(runs, MODELS).items()
+    ((key, rows),) = results.tables(runs).items()
     figure = plot.draw_comparison(*key, rows)
     assert_inside(figure)
     lines = figure.axes[0].lines

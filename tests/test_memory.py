@@ -15,7 +15,6 @@ from helpers import ROOT, TINY, in_process, places, write_folder
 from PIL import Image
 
 import train
-from models import MODELS, NORM_TYPES
 from utils import device, options
 from utils.datasets import Files, Uniform, load_data
 
@@ -25,7 +24,6 @@ RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 WATCHED = """
 import json, resource, sys
 import train
-from models import MODELS, NORM_TYPES
 from utils import options
 
 sizes, save_last = [], train.Trainer.save_last
@@ -36,7 +34,7 @@ def watched(trainer):
         sizes.append(int(file.read().split()[1]) * resource.getpagesize())
 
 train.Trainer.save_last = watched
-status = train.main(options.parse_train_args(MODELS, NORM_TYPES, sys.argv[1:]))
+status = train.main(options.parse_train_args(sys.argv[1:]))
 print(json.dumps(sizes))
 sys.exit(status)
 """
@@ -127,7 +125,7 @@ def test_a_continued_run_keeps_its_limit(tmp_path, monkeypatch):
     assert start["memory_limit"] > 0 and "memory_limit" not in start["settings"]
 
     def limit(*more: str) -> tuple[float, type]:
-        args = options.parse_train_args(MODELS, NORM_TYPES, [*words, *more])
+        args = options.parse_train_args([*words, *more])
         _, data, _ = train.prepare(args)
         return args.memory_limit, type(data.train.source)
 
@@ -185,8 +183,8 @@ def test_three_hundred_photos_of_very_different_sizes(tmp_path):
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size).save(path)
     words = "--name run --model_type ViT-Ti_16 --patch_size 32 --bf16 --aug mild --train_batch_size 64".split()
     words += ["--eval_batch_size", "64", "--num_steps", "4", "--data_dir", str(tmp_path / "photos"), *places(tmp_path)]
-    then = "from models import MODELS, NORM_TYPES; from utils import options; "
-    then += f"train.main(options.parse_train_args(MODELS, NORM_TYPES, {words}))"
+    then = "from utils import options; "
+    then += f"train.main(options.parse_train_args({words}))"
     empty, full = (
         int(subprocess.check_output([sys.executable, "-c", PEAK.format(then=what)], cwd=ROOT, text=True).split()[-1])
         for what in ("pass", then)

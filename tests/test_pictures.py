@@ -16,7 +16,7 @@ from tensorboard.plugins.hparams import metadata
 
 import eval as eval_script
 import train
-from models import MODELS, NORM_TYPES, create_model
+from models import create_model
 from utils import checkpoint, options, pictures, vis_utils
 from utils.augment import denormalize
 from utils.cli import UserError
@@ -36,7 +36,7 @@ RUNS = {  # the flags that follow TINY's
 def run_train(folder: Path, name: str, *words) -> Path:
     """Train in this process; the checkpoint."""
     argv = ["--name", name, *TINY, "--num_steps", "2", "--eval_batch_size", "500", *places(folder), *words]
-    args = options.parse_train_args(MODELS, NORM_TYPES, list(map(str, argv)))
+    args = options.parse_train_args(list(map(str, argv)))
     assert train.main(args) == 0
     return folder / "output" / f"{run_id(args)}_checkpoint.bin"
 

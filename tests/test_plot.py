@@ -19,7 +19,6 @@ import pytest
 from helpers import ROOT, call
 
 import plot
-from models import MODELS
 from utils import results
 from utils.cli import UserError
 from utils.run_files import RunFiles
@@ -183,7 +182,7 @@ def test_rows_are_comparable_or_visibly_not(tmp_path):
     assert rows[3][-2] == "val 80.00 so far, step 1 of 4 (seed 42)"
     heads = [line for line in out.splitlines() if line.startswith("### ")]
     assert heads == ["### cifar10", "### cifar10, best on val", "### cifar100"]
-    legends = [row.legend for row in results.tables(results.read_runs(tmp_path)[0], MODELS)["cifar10", "test"]]
+    legends = [row.legend for row in results.tables(results.read_runs(tmp_path)[0])["cifar10", "test"]]
     assert legends[0] == "ViT-Ti_16, patch 4, dim 48 (run, 1000 steps) LN" and len(set(legends)) == 3
 
 

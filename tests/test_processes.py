@@ -17,7 +17,6 @@ import torch
 from helpers import FORKS, ROOT, TINY, in_process, places, same, weights, write_folder
 
 import train as script
-from models import MODELS, NORM_TYPES
 from utils import cli, dist_util, options
 from utils.results import read_board
 from utils.run_files import read_records
@@ -152,7 +151,7 @@ def cut_off(*words: str) -> None:
         os._exit(9)
 
     script.Trainer.save_last = once
-    script.main(options.parse_train_args(MODELS, NORM_TYPES, list(words)))
+    script.main(options.parse_train_args(list(words)))
 
 
 def test_resumed_processes_give_the_losses_of_one(one, tmp_path):
@@ -181,7 +180,7 @@ def breaking(path: str, size: str, *words: str) -> None:
         os.truncate(path, int(size))
 
     script.Trainer.begin_or_resume, sys.argv = then_break, ["train.py"]
-    args = options.parse_train_args(MODELS, NORM_TYPES, list(words))
+    args = options.parse_train_args(list(words))
     cli.run_main(script.main, args, dist_util.explain, dist_util.stop)
 
 

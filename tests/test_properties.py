@@ -15,7 +15,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from models import MODELS, NORM_TYPES, create_model
+from models import NORM_TYPES, create_model
 from utils import options
 from utils.augment import Augment, Mix
 from utils.data_utils import batch_index, eval_batches, train_batches
@@ -345,7 +345,7 @@ def test_a_run_stays_in_its_folders(name, seed, size):
     words = [f"--name={name}", "--seed", str(seed), "--img_size", str(size)]
     try:
         with contextlib.redirect_stderr(io.StringIO()) as error:
-            args = options.parse_train_args(MODELS, NORM_TYPES, words)
+            args = options.parse_train_args(words)
     except SystemExit as end:
         assert end.code == 2 and error.getvalue().count("\n") == 1
         return

@@ -10,7 +10,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from models import MODELS, NORM_TYPES
+from models import MODELS
 from utils import foreign, options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,13 +51,13 @@ def test_commands_are_understood(path, tmp_path, monkeypatch):
             if flag in ("--pretrained_dir", "--load_model_dir"):  # as if it had been downloaded, or trained
                 (tmp_path / value).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / value).touch()
-        options.parse_train_args(MODELS, NORM_TYPES, words)
+        options.parse_train_args(words)
     for words in commands("plot.py", TEXTS[path]):
         options.plot_parser().parse_args(words)
 
 
 def test_flags_exist():
-    parsers = options.train_parser(MODELS, NORM_TYPES), options.eval_parser(), options.plot_parser()
+    parsers = options.train_parser(), options.eval_parser(), options.plot_parser()
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     of_others = {"--nproc_per_node", "--logdir", "--run", "--width", *foreign.ALIASES}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_\d]+", README)) - known - of_others == set()

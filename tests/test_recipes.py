@@ -12,7 +12,7 @@ from helpers import ROOT, SIZES, accept_any_cifar, places, write_cifar10, write_
 
 import train
 from benchmarks.common import set_up
-from models import MODELS, NORM_TYPES, create_model
+from models import create_model
 from utils import options
 from utils.run_files import RunFiles, run_id
 
@@ -148,7 +148,7 @@ def parse(recipe: str, *more):
     words = [f"@{ROOT / 'recipes' / recipe}.args", *map(str, more)]
     with pytest.MonkeyPatch.context() as patch:  # recipes name weight files that a user downloads or trains first
         patch.setattr("os.path.isfile", lambda path: True)
-        return options.parse_train_args(MODELS, NORM_TYPES, words)
+        return options.parse_train_args(words)
 
 
 def test_every_recipe_is_checked_against_its_source():

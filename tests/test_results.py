@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import ROOT, TINY, call, places
 
-from models import MODELS, NORM_TYPES
+from models import MODELS
 from utils import options
 from utils.run_files import settings
 
@@ -33,8 +33,9 @@ def test_every_kept_log_is_a_finished_run_of_its_command(monkeypatch, group, row
     monkeypatch.chdir(ROOT)
     start, *_, end = results.records(results.find(group, row, seed))
     script, *words = results.command(group, row, seed)
-    models = MODELS | peers.PEERS if script.endswith("peers.py") else MODELS
-    args = options.parse_train_args(models, NORM_TYPES, words)
+    for name, model in peers.PEERS.items() if script.endswith("peers.py") else ():
+        monkeypatch.setitem(MODELS, name, model)
+    args = options.parse_train_args(words)
     assert end["event"] == "end" and end["step"] == args.num_steps == start["settings"]["num_steps"]
     known = {name: value for name, value in settings(args).items() if value is not None}
     apart = {"data_dir", "epochs"}  # where the data lay; filled in when it is loaded

@@ -29,7 +29,6 @@ from helpers import (
 )
 
 import train
-from models import MODELS, NORM_TYPES
 from utils import options
 from utils.results import read_run
 
@@ -160,7 +159,7 @@ def unfinished(tmp_path, monkeypatch) -> Path:
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Trainer, "save_last", once)
-        train.main(options.parse_train_args(MODELS, NORM_TYPES, list(map(str, [*RUN, *places(tmp_path)]))))
+        train.main(options.parse_train_args(list(map(str, [*RUN, *places(tmp_path)]))))
     return tmp_path
 
 

@@ -9,7 +9,7 @@ from helpers import ROOT, in_process, places
 from tqdm import tqdm
 
 import train
-from models import MODELS, NORM_TYPES, create_model
+from models import create_model
 from utils import cli, options
 
 MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ FAMILY = {  # sizes that go with SHORT, and constructor words
 
 
 def parse(*words: str):
-    return options.parse_train_args(MODELS, NORM_TYPES, list(words))
+    return options.parse_train_args(list(words))
 
 
 def error(capsys, *words: str) -> str:

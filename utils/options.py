@@ -3,9 +3,9 @@
 import argparse
 import os
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
+from models import MODELS, NORM_TYPES
 from utils import cli, foreign
 from utils.cli import Parser, Precision, Replaces, UserError, refuse, world_size
 from utils.image_folder import choose_dataset
@@ -37,8 +37,8 @@ def _add_device_flags(group) -> None:
     group.add_argument("--memory_limit", type=cli.non_negative, default=None, metavar="GIB", help="splits of image folders up to this size as uint8 are kept in memory, larger ones are streamed [a quarter of what is free on the training device and on the host; a continued run keeps its limit]")
 
 
-def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parser:
-    """The parser of train.py; `model_types` and `norm_types` are choices."""
+def train_parser() -> Parser:
+    """The parser of train.py."""
     p = Parser(
         prog="train.py",
         usage="train.py [FLAGS]\n       train.py @recipes/NAME.args [FLAGS]",
@@ -89,8 +89,8 @@ def train_parser(model_types: Iterable[str], norm_types: Iterable[str]) -> Parse
     g.add_argument("--crop_pct", type=cli.bounded(float, 0, 1, open_low=True), default=None, help="evaluation resizes the short side to img_size / crop_pct and cuts the centre; 1 takes the whole image, stretched to a square [1; with -v, that of the checkpoint]")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model_type", choices=model_types, default=None, metavar="TYPE", help=f"one of {' '.join(model_types)} [ViT-B_16; with --load_model_dir model, norm and sizes are the checkpoint's]")
-    g.add_argument("--norm_type", choices=norm_types, default=None, help="[LN]")
+    g.add_argument("--model_type", choices=MODELS, default=None, metavar="TYPE", help=f"one of {' '.join(MODELS)} [ViT-B_16; with --load_model_dir model, norm and sizes are the checkpoint's]")
+    g.add_argument("--norm_type", choices=NORM_TYPES, default=None, help="[LN]")
     for name, text in (("patch_size", "pixels"), ("dim", "width"), ("depth", "blocks"), ("heads", "attention heads"), ("mlp_dim", "hidden width of the MLPs")):
         g.add_argument(f"--{name}", type=cli.positive_int, default=None, help=f"{text}, instead of the model type's")
     g.add_argument("--stem", choices=["none", *STEMS], default=None, help="ViT with norm LN, and DEMS: conv puts 3x3 convolutions of stride 2 before the patch embedding; residual, ViT only, has max-pooling instead of the stride, BatchNorm, and a residual block after each; --patch_size is a power of 2 [none]")
@@ -189,9 +189,7 @@ def plot_parser() -> Parser:
 # fmt: on
 
 
-def parse_train_args(
-    model_types: Iterable[str], norm_types: Iterable[str], argv: list[str] | None = None
-) -> argparse.Namespace:
+def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check what can be checked without data or torch. Exits with status 2 and one line on a mistake.
 
     `argv` are words of the command line, None for those of this process. With --cells the flags are those of the first
@@ -201,11 +199,11 @@ def parse_train_args(
     own.add_argument("--cells", default=None)
     file, words = own.parse_known_args(argv)
     if not file.cells:
-        return _parse_one(train_parser(model_types, norm_types), words)
+        return _parse_one(train_parser(), words)
     lines = [line.split() for line in Path(file.cells).read_text().splitlines()] if os.path.isfile(file.cells) else []
     if not lines:
-        train_parser(model_types, norm_types).error("nothing to do; look at ARCHS, NORMS, SEEDS and CELL")
-    cells = [_parse_one(train_parser(model_types, norm_types), [*line, *words]) for line in lines]
+        train_parser().error("nothing to do; look at ARCHS, NORMS, SEEDS and CELL")
+    cells = [_parse_one(train_parser(), [*line, *words]) for line in lines]
     commands = [shlex.join(["python", "train.py", *line, *(w for w in words if w != "--dry_run")]) for line in lines]
     return argparse.Namespace(**vars(cells[0]), cells=list(zip(commands, cells, strict=True)))
 
@@ -303,12 +301,12 @@ def check_eval(args: argparse.Namespace) -> None:
     refuse(many, f"--plot attention has room for {MAX_IMAGES} images, not {len(images)}")
 
 
-def resolve_model(args: argparse.Namespace, config: dict, row: dict) -> None:
+def resolve_model(args: argparse.Namespace, config: dict) -> None:
     """Take model and sizes of the checkpoint that --load_model_dir names, but for an --img_size that is given.
 
-    `config` is what made its model, `row` that of its type in MODELS. UserError where a flag asks for another model.
+    `config` is what made its model. UserError where a flag asks for another model.
     """
-    words = {"img_size": "image_size", "img_sizes": "image_sizes"}
+    words, row = {"img_size": "image_size", "img_sizes": "image_sizes"}, MODELS.get(config["model_type"], {})
     for name in (*MODEL, *SIZES):
         word = words.get(name, name)
         its, whole, asked = config.get(word), (row | config).get(word), args.asked.get(name)
@@ -373,10 +371,11 @@ def model_config(args: argparse.Namespace) -> dict:
     return dict(model_type=args.model_type, norm_type=args.norm_type, image_size=args.img_size, **overrides)
 
 
-def describe(args: argparse.Namespace, parser: Parser, titles: Iterable[str]) -> list[str]:
-    """Flags in force, a line for each of the parser's groups in `titles`: its first one, and what is not the default."""
+def describe(args: argparse.Namespace) -> list[str]:
+    """Flags in force, a line for each of some groups of the parser: its first one, and what is not the default."""
     lines, off = [], (None, False, 0)
-    for group in parser._action_groups:
+    titles = ("data", "augmentation", "optimisation", "precision and speed")
+    for group in train_parser()._action_groups:
         values = {}
         for flag in group._group_actions if group.title in titles else ():
             if not hasattr(args, flag.dest):  # --no_amp, which is another's value

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models import MODELS, NORM_TYPES
 from utils.cli import UserError, refuse, refusing
 from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_text, settings
 
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
-NORMS = ("LN", "BN", "GN", "Rescale")  # columns of every table
 SIZES = {"patch_size": "patch", "dim": "dim", "depth": "depth", "heads": "heads", "mlp_dim": "mlp", "stem": "stem"}
 # Settings that runs of equal cost have in common.
 COST = ("model_type", "img_size", "train_batch_size", "gradient_accumulation_steps", "fp16", "bf16", *SIZES)
@@ -250,12 +250,12 @@ def mean_and_spread(values: Iterable[float | None]) -> tuple[float | None, float
     return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
-def _tell_apart(rows: list[Row], models: dict[str, dict]) -> None:
+def _tell_apart(rows: list[Row]) -> None:
     """Say of each row of a table its sizes, and of all rows the same: names, steps and settings, where any two need
     them; so rows are comparable, or visibly not.
     """
     for row in rows:
-        usual, own = models.get(row.run.model, {}), row.run.settings
+        usual, own = MODELS.get(row.run.model, {}), row.run.settings
         differing = {name: own.get(key) for key, name in SIZES.items() if own.get(key) not in (None, usual.get(key))}
         row.sizes = "".join(f", {name} {value}" for name, value in differing.items())
 
@@ -279,11 +279,11 @@ def _tell_apart(rows: list[Row], models: dict[str, dict]) -> None:
     show(lambda run: ", ".join(f"{key} {run.settings.get(key)}" for key in shown))
 
 
-def tables(runs: list[Run], models: dict[str, dict]) -> dict[tuple[str, str], list[Row]]:
-    """Rows of each table, by (data set, images that choose the best checkpoint); `models` has each type's sizes."""
+def tables(runs: list[Run]) -> dict[tuple[str, str], list[Row]]:
+    """Rows of each table, by (data set, images that choose the best checkpoint)."""
 
     def order(run: Run) -> tuple:
-        norm = NORMS.index(run.norm) if run.norm in NORMS else len(NORMS)
+        norm = NORM_TYPES.index(run.norm) if run.norm in NORM_TYPES else len(NORM_TYPES)
         return run.model, norm, run.norm, run.pretrained, run.image_size, run.series, not run.finished, run.seed
 
     found: dict[tuple[str, str], list[Row]] = {}
@@ -294,7 +294,7 @@ def tables(runs: list[Run], models: dict[str, dict]) -> dict[tuple[str, str], li
         else:
             rows.append(Row([run]))
     for rows in found.values():
-        _tell_apart(rows, models)
+        _tell_apart(rows)
     return dict(sorted(found.items()))
 
 
@@ -304,7 +304,7 @@ def _parameters(count: int | None) -> str:
 
 def markdown(dataset: str, chosen_on: str, rows: list[Row]) -> str:
     """One data set's table: model, norm, resolution, accuracy and time, in the form of RescaleViT's README."""
-    on_test, norms = chosen_on == "test", list(dict.fromkeys((*NORMS, *(row.run.norm for row in rows))))
+    on_test, norms = chosen_on == "test", list(dict.fromkeys((*NORM_TYPES, *(row.run.norm for row in rows))))
     choice = "best on test" if on_test else "test, best on val"
     lines = [["model", *norms, "resolution", "parameters", f"acc(%), {choice}", "time(min)"]]
     for row in rows:
