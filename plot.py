@@ -41,20 +41,19 @@ def draw_run(run: Run, logs: Path | None):
     left = figure.add_subplot(1, 1 + history, 1)
     right = left.twinx()
     style = dict(marker="o" if len(run.steps) <= FEW else None, markersize=3)  # a few are points, many a line
-    words = style | dict(markersize=6)
-    lines = left.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **words)
+    larger = style | dict(markersize=6)
+    lines = left.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **larger)
     scores = [100 * value for value in run.accuracy]
     lines += right.plot(run.steps, scores, color="tab:blue", label=f"{run.chosen_on} accuracy", **style)
     harder = dict(augmented=run.settings.get("aug", "none") != "none", smoothed=run.settings.get("smoothing"))
     harder |= dict(mixed=run.settings.get("mixup") or run.settings.get("cutmix"))
-    how = ", ".join(word for word, so in harder.items() if so)
-    how = f" ({how})" if how else ""
+    how = f" ({', '.join(word for word, so in harder.items() if so)})" if any(harder.values()) else ""
     # training is scored over the steps since the evaluation before, so in their middle
     middles = [(start + end) / 2 for start, end in zip([0, *run.steps], run.steps, strict=False)]
     if len(run.train_accuracy) == len(run.steps):
         scores = [100 * value for value in run.train_accuracy]
-        words = style | dict(color="tab:blue", alpha=0.5, linestyle="--")
-        lines += right.plot(middles, scores, label="training accuracy", **words)
+        dashed = style | dict(color="tab:blue", alpha=0.5, linestyle="--")
+        lines += right.plot(middles, scores, label="training accuracy", **dashed)
     left.set(xlabel="step", title="Evaluation")
     left.set_ylabel("loss", color="tab:green")
     right.set_ylabel("accuracy, %", color="tab:blue")

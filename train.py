@@ -283,7 +283,8 @@ class Trainer:
     def validate(self) -> None:
         """Evaluate, write the weights if they are the best so far, and log."""
         self.check_finite()
-        progress, models = self.progress, {"average": self.average.module} if self.average else {}
+        progress = self.progress
+        models = {"average": self.average.module} if self.average else {}
         models["raw"] = self.model
         results = {kind: self.score(model, self.data.valid) for kind, model in models.items()}
         progress.kept = max(results, key=lambda kind: results[kind]["accuracy"])  # the average, where both are as good

@@ -29,7 +29,8 @@ WORDS = f"--name accuracy --dataset fashionmnist-mini --aug strong --reprob 0.25
 def pillow_batches(trainer: Trainer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The images that train.py would take in each step, through timm's transform."""
     args, data = trainer.args, trainer.data.train
-    random.seed(args.seed), np.random.seed(args.seed)  # torch's is seeded in each step
+    random.seed(args.seed)
+    np.random.seed(args.seed)  # torch's is seeded in each step
     transform = timm_transform(args.img_size, args.mean, args.std, **TIMM_STRONG, re_prob=args.reprob)
     for step in range(args.num_steps):
         index = data_utils.batch_index(step, args.train_batch_size, len(data), args.seed)

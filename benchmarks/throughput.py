@@ -148,7 +148,8 @@ def main() -> None:
     args, device, test = fed.args, fed.device, fed.data.test
     batch_size, parts = args.train_batch_size, args.gradient_accumulation_steps
     held = Trainer(args, fed.processes, fed.data, source=None)
-    fed.model.train(), held.model.train()
+    for trainer in (fed, held):
+        trainer.model.train()
     batches = fed.batches(stop=10**9)  # as at the beginning of an endless training, where --aug dems is strongest
     batch = list(itertools.islice(batches, parts))
     in_place = itertools.cycle(batch)

@@ -231,7 +231,10 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, dropout, attn_drop, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
-        self.init_weights() if init == "published" else self.init_weights_timm()
+        if init == "published":
+            self.init_weights()
+        else:
+            self.init_weights_timm()
 
     def init_weights(self) -> None:
         """The published initialisation for training from scratch; what isn't named here keeps torch's default."""

@@ -383,7 +383,9 @@ def _read_idx(path: Path) -> torch.Tensor:
     with refusing(f"{path}: no IDX file, or damaged", "remove it to download it again"):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             data = bytearray(file.read())
-        ndim = [b"\0\0\x08\0", b"\0\0\x08\1", b"\0\0\x08\2", b"\0\0\x08\3"].index(bytes(data[:4]))
+        ndim = data[3]
+        if data[:3] != b"\0\0\x08" or ndim > 3:
+            raise ValueError("its first bytes are others")
         shape = np.frombuffer(data, ">i4", ndim, offset=4).tolist()
         return torch.frombuffer(data, dtype=torch.uint8, offset=4 + 4 * ndim).view(shape)
 
