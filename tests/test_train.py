@@ -192,6 +192,8 @@ def test_dry_run_says_what_would_be_done(reference, unfinished):
         assert "time unknown" in plan(reference, "--name", "other", *flags)
     out = plan(reference, "--extend", "--num_steps", 120)  # ten times as many, of which one part is done
     assert f"goes on after step 12 of 12; about {9 * minutes:.1f} min" in out
+    # 11.97 steps, which the run has rounded to 12
+    assert plan(reference, "--extend", "--epochs", 0.0383).startswith("0.0383 epochs; finished: best")
     # and of a run that goes on, the time of the third that is left
     for path in (reference / "output").glob(f"{ID}.*"):
         shutil.copy(path, unfinished / "output" / path.name.replace("run_", "other_", 1))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from models import MODELS, NORM_TYPES
 from utils.cli import UserError, refuse, refusing
-from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_text, settings
+from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_text, settings, steps_of
 
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
 SIZES = {"patch_size": "patch", "dim": "dim", "depth": "depth", "heads": "heads", "mlp_dim": "mlp", "stem": "stem"}
@@ -371,9 +371,10 @@ def plan(args: Namespace) -> tuple[str, float | None]:
     steps = f"{args.num_steps} steps" if args.num_steps else f"{args.epochs:g} epochs"
     if state != "new" and (changed := files.differences(now, free=LENGTH if args.extend else ())):
         return f"{steps}; would be refused, as the run exists with {', '.join(changed[:3])}", 0.0
-    if args.extend and (state == "new" or now[unit] < files.record("start")["settings"][unit]):
+    had = files.record("start")["settings"] if state != "new" else {}
+    if args.extend and (not had or steps_of(now, had) < had["num_steps"]):
         return f"{steps}; would be refused, as there is no run to extend, or a longer one", 0.0
-    if state == "finished" and not args.extend:
+    if state == "finished" and not (args.extend and steps_of(now, had) > had["num_steps"]):
         return f"{steps}; finished: {scores(files)}", 0.0
     try:
         runs, _ = read_runs(files.folder)

@@ -38,6 +38,11 @@ def settings(args: Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
 
 
+def steps_of(now: dict, old: dict) -> int:
+    """The steps that settings ask for, if of epochs by those on disk, which have been rounded to whole steps."""
+    return now["num_steps"] or max(1, round(now["epochs"] * old["num_steps"] / old["epochs"]))
+
+
 def writing(path: Path):
     return refusing(f"{path}: cannot be written", "mend that, then the same command again", OSError)
 
@@ -100,9 +105,8 @@ class RunFiles:
         old = start.get("settings")
         lacks = f"{self.json}: its first line lacks the settings; mend it, or --overwrite the run"
         refuse(not isinstance(old, dict), lacks)
-        if now["num_steps"] is None:  # the epochs on disk have been rounded to whole steps
-            steps = max(1, round(now["epochs"] * old["num_steps"] / old["epochs"]))
-            now = now | dict(epochs=None, num_steps=steps)
+        if now["num_steps"] is None:
+            now = now | dict(epochs=None, num_steps=steps_of(now, old))
         # accumulation makes the same update of more passes, except where each pass has statistics of its own
         if now.get("norm_type") not in ("BN", "Rescale") and now.get("stem") != "residual":
             free = {*free, "gradient_accumulation_steps"}
