@@ -49,7 +49,7 @@ def test_onnx(kind, tmp_path):
 
 def test_safetensors_for_timm_by_the_command(tmp_path):
     timm, safetensors = pytest.importorskip("timm"), pytest.importorskip("safetensors.torch")
-    words = ["--num_steps", 1, "--aug", "none", "--normalize", "cifar", *places(tmp_path)]
+    words = ["--num_steps", 1, "--aug", "none", "--normalize", "cifar", "--crop_pct", 0.8, *places(tmp_path)]
     assert in_process("train.py", "--name", "x", *TINY, *words).returncode == 0
     (path,) = (tmp_path / "output").glob("*_checkpoint.bin")
     file = tmp_path / "m.safetensors"
@@ -61,7 +61,7 @@ def test_safetensors_for_timm_by_the_command(tmp_path):
     timm.create_model("vit_tiny_patch16_224", **sizes).load_state_dict(safetensors.load_file(file))
     facts = json.loads(beside.read_text())
     assert facts["image_size"] == 28 and facts["image_mean"][0] == 0.4914 and len(facts["classes"]) == 10
-    score = ["train.py", "--name", "y", *TINY, "-v", "--load_model_dir"]  # which finds the normalisation beside it
+    score = ["train.py", "--name", "y", *TINY, "-v", "--load_model_dir"]  # which reads the preparation beside it
     assert in_process(*score, file).stdout.splitlines()[1:] == in_process(*score, path).stdout.splitlines()[1:]
     for more, reason in (("--heads 4", "has 2 attention heads, the model 4"), ("--depth 3", "has 2 blocks")):
         done = in_process("train.py", "--name", "z", *TINY, *more.split(), "--pretrained_dir", file, *places(tmp_path))

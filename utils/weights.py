@@ -31,9 +31,9 @@ class WeightFile:
     """What a file holds: its tensors under this project's names, and what it says of its model.
 
     `origin` is the project it comes from, None for one unknown; `own` has `args`, `classes` and `config` of a
-    checkpoint of train.py, {} of others; `normalize` is how pixels were normalised, `heads` the number of attention
-    heads, None where the file does not say it; `likely` is a key of presets.NORMALIZE that names suggest; `notes` are
-    for people.
+    checkpoint of train.py, or of what was exported from one, {} of others; `normalize` is how pixels were normalised,
+    `heads` the number of attention heads, None where the file does not say it; `likely` is a key of presets.NORMALIZE
+    that names suggest; `notes` are for people.
     """
 
     path: Path
@@ -181,7 +181,7 @@ def _read_beside(file: WeightFile) -> list[str]:
             file.heads = facts["num_attention_heads"]
         config, classes = facts.get("model"), facts.get("classes")
         if isinstance(config, dict) and "model_type" in config and isinstance(classes, list):  # by eval.py --export
-            file.own, file.heads = dict(config=config, classes=classes), config.get("heads")
+            file.own, file.heads = dict(config=config, classes=classes, args=facts), config.get("heads")
         named += [name for name in [facts.get("architecture")] if isinstance(name, str)]
     return named
 
