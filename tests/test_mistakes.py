@@ -465,6 +465,7 @@ EVAL = [
     ("{good} --split val", "has no validation images"),
     ("{good} --images a.png --dataset cifar10", "leave out --dataset"),
     ("{good} --dataset imagefolder --data_dir {bad}/fine", "'cat' is not among the 10 known"),
+    ("{good} --labels a.csv --dataset cifar10", "goes with --dataset imagefolder, not cifar10"),
     ("{good} --top 0", "0 is not at least 1"),
     ("{bad}/nan.pth", "nan.pth: not a checkpoint of this train.py (lacks 'args'); score bare weights with train.py"),
     ("{bad}/truncated.pth", "truncated.pth: not a checkpoint, or damaged"),

@@ -289,6 +289,8 @@ def check_eval(args: argparse.Namespace) -> None:
         missing = getattr(args, flag) is not None and "attention" not in plots
         refuse(missing, f"--{flag} chooses what --plot attention shows, which is missing")
     args.dataset = choose_dataset(args.dataset, args.data_dir, args.labels)
+    foreign = args.labels and args.dataset != "imagefolder"
+    refuse(foreign, f"--labels {args.labels} goes with --dataset imagefolder, not {args.dataset}")
     data = images and (args.dataset or args.data_dir)
     refuse(data, "--images classifies single files; leave out --dataset and --data_dir")
     others = " ".join(sorted({*plots} - {"attention"}))
