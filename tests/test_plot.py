@@ -166,6 +166,13 @@ def test_other_settings_are_no_seeds(tmp_path):
     ]
 
 
+def test_rows_that_a_fourth_setting_tells_apart(tmp_path):
+    for seed, (most, last) in enumerate(((0, 0), (1, 0), (1, 1)), 1):
+        write_run(tmp_path, [0.5], seed, mixup=most, cutmix=most, smoothing=most, ra=last)
+    labels = [row[0] for row in cells(call("plot.py", tmp_path).stdout)[1:]]
+    assert labels[1:] == [f"ViT-Ti_16 (mixup 1, cutmix 1, smoothing 1, ra {n})" for n in (0, 1)]
+
+
 def test_rows_are_comparable_or_visibly_not(tmp_path):
     """What tells two rows apart, all rows of the table show; and sizes that are not the type's."""
     write_run(tmp_path, [0.5], steps=1000, patch_size=4, dim=48, heads=3)  # ViT-Ti_16 has 3 heads

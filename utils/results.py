@@ -275,8 +275,9 @@ def _tell_apart(rows: list[Row]) -> None:
         show(lambda run: f"{run.num_steps} steps")
     groups = [[row.run.settings for row in group] for group in alike()]
     differing = {key: None for first, *others in groups for key in first for o in others if o.get(key) != first[key]}
-    shown = [key for key in differing if key not in APART][:3]
-    show(lambda run: ", ".join(f"{key} {run.settings.get(key)}" for key in shown))
+    for i, key in enumerate(key for key in differing if key not in APART):
+        if i < 3 or alike():
+            show(lambda run, key=key: f"{key} {run.settings.get(key)}")
 
 
 def tables(runs: list[Run]) -> dict[tuple[str, str], list[Row]]:
