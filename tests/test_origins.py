@@ -498,6 +498,15 @@ def test_own_checkpoint_brings_its_model(tmp_path):
     assert (tmp_path / "output" / "on_ViT-Ti_16_norm_BN_fp_False_img_28_pretrain_T.txt").exists()
 
 
+def test_own_checkpoint_takes_other_scales(tmp_path):
+    sizes = "--model_type MViT-Ti --img_size 16 --patch_size 4 --img_sizes 8 16 --heads 2".split()
+    assert in_process("train.py", "--name", "x", *TINY, *sizes, "--num_steps", 1, *places(tmp_path)).returncode == 0
+    (path,) = (tmp_path / "output").glob("*_checkpoint.bin")
+    score = ["train.py", "--dataset", "fashionmnist-mini", "-v", "--load_model_dir", path, "--img_size", 24]
+    done = in_process(*score, "--img_sizes", 12, 24)
+    assert done.returncode == 0 and "resized: pos_embed" in done.stdout
+
+
 def test_checkpoint_loads_in_timm(tmp_path):
     timm = pytest.importorskip("timm")
     words = ["--num_steps", 1, "--aug", "none", *places(tmp_path)]

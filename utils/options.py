@@ -304,7 +304,7 @@ def check_eval(args: argparse.Namespace) -> None:
 
 
 def resolve_model(args: argparse.Namespace, config: dict) -> None:
-    """Take model and sizes of the checkpoint that --load_model_dir names, but for an --img_size that is given.
+    """Take model and sizes of the checkpoint that --load_model_dir names, but for sizes of images that are given.
 
     `config` is what made its model. UserError where a flag asks for another model.
     """
@@ -317,7 +317,7 @@ def resolve_model(args: argparse.Namespace, config: dict) -> None:
             asked = None if asked == "none" and not its else asked
         if asked is None:
             setattr(args, name, its)
-        elif name != "img_size" and asked != (list(whole) if isinstance(whole, tuple) else whole):
+        elif name not in words and asked != (list(whole) if isinstance(whole, tuple) else whole):
             raise UserError(f"{args.load_model_dir} has {name} {whole}, not {asked}; leave --{name} out")
 
 
