@@ -333,6 +333,16 @@ def test_val_fraction_reports_the_test_set_apart(tmp_path):
         assert getattr(from_text, fact) == pytest.approx(getattr(from_json, fact))
 
 
+def test_large_images_are_kept_for_scoring_as_in_the_run(tmp_path):
+    write_folder(tmp_path / "pets", sizes=[(90, 120)])
+    words = ["--dataset", "imagefolder", "--data_dir", tmp_path / "pets", *places(tmp_path)]
+    run("train.py", "--name", "run", *TINY, *words, "--num_steps", 1, "--train_batch_size", 4, "--aug", "flip")
+    cache = (tmp_path / "pets" / "test.cache.npz").read_bytes()
+    out = run("train.py", *words, "-v", "--load_model_dir", tmp_path / "output" / f"{ID}_checkpoint.bin").stdout
+    assert f"Valid Loss: {records(tmp_path)[-2]['loss']:.5f}" in out
+    assert (tmp_path / "pets" / "test.cache.npz").read_bytes() == cache
+
+
 def test_image_folder_from_training_to_evaluation(tmp_path):
     write_folder(tmp_path / "photos", sizes=[(20, 30), (40, 28)])
     words = [*TINY, "--dataset", "imagefolder", "--train_batch_size", 4, "--num_steps", 3, *places(tmp_path)]

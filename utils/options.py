@@ -19,7 +19,7 @@ HIDDEN = argparse.SUPPRESS
 DATA_DIR = "data"
 MODEL = dict(model_type="ViT-B_16", norm_type="LN", img_size=224)  # defaults, where no checkpoint says it
 STEMS = ("conv", "residual")  # --stem, words of models with `_stem` behind them
-EVALUATION = ("interpolation", "crop_pct")
+EVALUATION = ("interpolation", "crop_pct", "scale")  # the last says how large images of files are kept
 SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()
 
 
