@@ -40,10 +40,11 @@ from models import create_model
 from utils import checkpoint, data_utils, dist_util, metrics, pictures
 from utils.augment import eval_augment, short_side
 from utils.cli import UserError, refuse, refusing
-from utils.datasets import ImageSet, as_rgb, data_words, load_data, read_image
+from utils.datasets import ImageSet, data_words, load_data
 from utils.device import autocast, choose_device, keep_memory, memory_limit, usable_precision
 from utils.export import export
 from utils.image_folder import files_in, suffix_of, suffixes
+from utils.image_sources import as_rgb, read_image
 
 Images = str | Path | Image.Image | torch.Tensor | Sequence[str | Path | Image.Image | torch.Tensor]
 

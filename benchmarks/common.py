@@ -51,7 +51,7 @@ def set_up(words: list[str], folder: str | Path, copies: int = 1):
     """
     from train import Trainer, prepare
     from utils import options
-    from utils.datasets import Uniform
+    from utils.image_sources import Uniform
 
     places = ["--output_dir", str(folder), "--log_dir", str(folder)]
     args = options.parse_train_args([*words, *places])

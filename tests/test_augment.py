@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from utils import data_utils, datasets, options, randaugment
+from utils import data_utils, datasets, image_sources, options, randaugment
 from utils.augment import ERASED_AREA, Augment, Mix, eval_augment, make_mix, random_resized_boxes, train_augment
 from utils.presets import AUGS, NORMALIZE
 from utils.resample import crop_flip_resize, line_weights, rotate_reflected, shift
@@ -155,7 +155,7 @@ def test_dems_progress_is_by_epoch(clothes):
     pipeline, seen = augment("none"), []
     draw = pipeline.draw
     pipeline.draw = lambda sizes, generator, progress: seen.append(progress) or draw(sizes, generator, progress)
-    data = datasets.ImageSet(datasets.Uniform(clothes[:12]), torch.arange(12), torch.zeros(12, dtype=torch.int64))
+    data = datasets.ImageSet(image_sources.Uniform(clothes[:12]), torch.arange(12), torch.zeros(12, dtype=torch.int64))
     list(data_utils.train_batches(data, pipeline, seed=0, start=0, stop=9, batch_size=4, device=torch.device("cpu")))
     assert seen == pytest.approx([0, 0, 0, 1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 2 / 3])
 
@@ -344,7 +344,7 @@ def test_parts_as_the_whole(name, channels, clothes):
 
 def test_processes_and_accumulation(clothes):
     """One update on 1, 2 or 4 processes, in 1 or 2 passes: the same images and targets, repeated and mixed ones too."""
-    data = datasets.ImageSet(datasets.Uniform(clothes), torch.arange(32), torch.arange(32) % 10)
+    data = datasets.ImageSet(image_sources.Uniform(clothes), torch.arange(32), torch.arange(32) % 10)
     kwargs = dict(seed=1, start=3, stop=5, batch_size=16, ra=3, device=torch.device("cpu"))
     mix = Mix(10, mixup=0.8, cutmix=1.0)
 

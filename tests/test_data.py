@@ -14,11 +14,12 @@ import torchvision
 from helpers import Evil, accept_any_cifar, no_network, write_cifar10, write_cifar100, write_folder
 from PIL import Image
 
-from utils import datasets
+from utils import image_sources
 from utils.augment import Augment
 from utils.cli import UserError
 from utils.data_utils import eval_batches, train_batches
-from utils.datasets import MINI, Files, Ragged, Uniform, load_data
+from utils.datasets import MINI, load_data
+from utils.image_sources import Files, Ragged, Uniform
 from utils.presets import DATASETS
 
 CPU = torch.device("cpu")
@@ -205,7 +206,7 @@ def test_folder_in_memory(tmp_path, sizes, kind):
 def test_cache_is_used_and_rebuilt(tmp_path, monkeypatch):
     write_folder(tmp_path)
     first = load_data("imagefolder", tmp_path)
-    monkeypatch.setattr(datasets, "read_image", lambda *of: pytest.fail("decoded in spite of the cache"))
+    monkeypatch.setattr(image_sources, "read_image", lambda *of: pytest.fail("decoded in spite of the cache"))
     again = load_data("imagefolder", tmp_path)
     assert torch.equal(first.train.source.images, again.train.source.images)
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from PIL import Image
 
 import eval
 from models import create_model
-from utils import checkpoint, datasets, options, results, weights
+from utils import checkpoint, datasets, image_sources, options, results, weights
 from utils.cli import UserError
 
 RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
@@ -31,7 +31,7 @@ READERS = {
     "load_weights": (lambda path: weights.load_weights(MODEL, path), (".npz", ".safetensors", *TORCH)),
     "read_file": (checkpoint.read_file, TORCH),
     "load_run": (lambda path: eval.load_run(path, "cpu"), ("_checkpoint.bin",)),
-    "read_image": (datasets.read_image, IMAGES),
+    "read_image": (image_sources.read_image, IMAGES),
     "_read_idx": (datasets._read_idx, IDX),
     "read_run": (results.read_run, (".jsonl",)),
 }
@@ -153,7 +153,7 @@ def test_no_payload_runs(tmp_path, monkeypatch, wrap):
                 for read in reads:
                     with contextlib.suppress(UserError):
                         read(path)
-                assert datasets.Cache([path], "x").read("pixels") is None
+                assert image_sources.Cache([path], "x").read("pixels") is None
             (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(data)
             with pytest.raises(UserError):
                 datasets.load_data("cifar10", tmp_path)

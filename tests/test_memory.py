@@ -16,7 +16,8 @@ from PIL import Image
 
 import train
 from utils import device, options
-from utils.datasets import Files, Uniform, load_data
+from utils.datasets import load_data
+from utils.image_sources import Files, Uniform
 
 RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 

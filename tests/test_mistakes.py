@@ -35,7 +35,8 @@ from PIL import Image
 
 from models import create_model
 from utils import cli, dist_util
-from utils.datasets import MINI, read_image
+from utils.datasets import MINI
+from utils.image_sources import read_image
 
 RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 MODEL = dict(image_size=28, patch_size=7, num_classes=10, **SIZES)

@@ -14,8 +14,9 @@ from utils import datasets
 from utils.augment import Augment
 from utils.cli import UserError
 from utils.data_utils import PART, eval_batches
-from utils.datasets import Files, Ragged, load_data, read_image
+from utils.datasets import load_data
 from utils.image_folder import choose_dataset, hold_out
+from utils.image_sources import Files, Ragged, read_image
 
 HALF = ([0.5] * 3, [0.5] * 3)
 

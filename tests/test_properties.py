@@ -19,7 +19,8 @@ from models import NORM_TYPES, create_model
 from utils import options
 from utils.augment import Augment, Mix
 from utils.data_utils import batch_index, eval_batches, train_batches
-from utils.datasets import ImageSet, Ragged, Uniform
+from utils.datasets import ImageSet
+from utils.image_sources import Ragged, Uniform
 from utils.log_util import RunLog
 from utils.presets import AUGS
 from utils.resample import crop_flip_resize, resize_weights

@@ -19,8 +19,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from utils import seeds
 from utils.augment import Augment, Mix
 from utils.cli import UserError
-from utils.datasets import MEND, Files, ImageSet, Ragged, Uniform, read_image
+from utils.datasets import ImageSet
 from utils.dist_util import SIGNALS, waiting
+from utils.image_sources import MEND, Files, Ragged, Uniform, read_image
 
 PART = 2**24  # bytes of a part of a batch of many sizes
 

@@ -12,8 +12,9 @@ from torch import nn
 from utils.augment import Augment
 from utils.cli import UserError
 from utils.data_utils import eval_batches
-from utils.datasets import Data, ImageSet, Uniform
+from utils.datasets import Data, ImageSet
 from utils.device import autocast
+from utils.image_sources import Uniform
 
 
 def freeze(model: nn.Module, name: str) -> None:

@@ -1,0 +1,248 @@
+"""Images in memory or on disk: files decoded once, kept in a cache, or streamed where they are too many."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from utils.cli import UserError, refusing
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is read or refused
+
+
+class Uniform:
+    """Images of one size in memory: (n, c, h, w) uint8."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images = images
+        self.sizes = torch.tensor(images.shape[-2:]).expand(len(images), 2)
+
+    def to(self, device: torch.device):
+        self.images = self.images.to(device)
+
+    def take(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.images[ids.to(self.images.device, non_blocking=True)]
+
+
+class Ragged:
+    """Images of many sizes in memory, end to end in one uint8 line; a batch is padded to its largest image."""
+
+    def __init__(self, pixels: torch.Tensor, sizes: torch.Tensor):
+        self.pixels, self.sizes = pixels, sizes
+        self.ends = (3 * sizes[:, 0] * sizes[:, 1]).cumsum(0).tolist()
+
+    def to(self, device: torch.device):
+        self.pixels = self.pixels.to(device)
+
+    def take(self, ids: torch.Tensor) -> torch.Tensor:
+        sizes = self.sizes[ids].tolist()
+        height, width = (max(sides) for sides in zip(*sizes, strict=True))
+        batch = self.pixels.new_zeros(len(ids), 3, height, width)
+        for image, i, (h, w) in zip(batch, ids.tolist(), sizes, strict=True):
+            image[:, :h, :w] = self.pixels[self.ends[i] - 3 * h * w : self.ends[i]].view(3, h, w)
+        return batch
+
+
+class Files:
+    """Images on disk; worker processes decode them, at most at `short_side`, cut and resize them."""
+
+    def __init__(self, paths: list[str], sizes: torch.Tensor, short_side: int | None = None):
+        self.paths, self.sizes, self.short_side = paths, sizes, short_side
+
+    def to(self, device: torch.device):
+        pass
+
+
+def kept_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """Height and width that an image is kept at: its shorter side is reduced to `short_side`, where it is longer."""
+    if not short_side or min(height, width) <= short_side:
+        return height, width
+    factor = short_side / min(height, width)
+    return round(height * factor), round(width * factor)
+
+
+MEND = "mend or remove it"
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike):
+    with refusing(f"{path}: not a readable image", MEND), Image.open(path) as image:
+        _check_bits(image)
+        yield image
+
+
+def _check_bits(image: Image.Image) -> None:
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those hold 16
+        raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Without transparency, and with 16-bit gray scaled to 8 bits. ValueError: integers or floats of 32 bits."""
+    _check_bits(image)
+    if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
+        levels = np.asarray(image, dtype=np.float32) / 257
+        image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_image(path: str | os.PathLike, short_side: int | None = None) -> Image.Image:
+    """Read the first frame of an image as RGB, its shorter side reduced to `short_side` where it is longer.
+
+    As in torchvision's ImageFolder, EXIF's orientation is ignored; see `as_rgb`. UserError if it is no image,
+    truncated, too large for Pillow, or of 32 bits a pixel and channel.
+    """
+    with _opened(path) as image:
+        height, width = kept_size(image.height, image.width, short_side)
+        reduced = (width, height) != image.size
+        if reduced:  # JPEG is decoded at a half, a quarter or an eighth, where that is still twice as large
+            image.draft(None, (2 * width, 2 * height))
+        image = as_rgb(image)
+        image.load()
+        return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0) if reduced else image
+
+
+def _size(path: str) -> tuple[int, int]:
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+def _map_with_bar(function: Callable, items: Sequence, text: str) -> list:
+    """`function` of each item, in threads; where that is a UserError, its text."""
+
+    def attempt(item):
+        try:
+            return function(item)
+        except UserError as error:
+            return str(error)
+
+    bar = dict(desc=text, unit=" images", disable=not sys.stderr.isatty(), leave=False, total=len(items))
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        return list(tqdm(pool.map(attempt, items), **bar))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no image that isn't begun
+
+
+def _fingerprint(paths: Sequence[str], root: Path, short_side: int | None) -> str:
+    digest = hashlib.sha256(f"kept at {short_side}".encode())
+    for path in paths:
+        with contextlib.suppress(OSError):  # it will be named as broken
+            info = os.stat(path)
+            digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0{info.st_size}\0{info.st_mtime_ns}\n"))
+    return digest.hexdigest()
+
+
+@dataclass
+class Cache:
+    """Sizes and decoded images of a list of files, in an `.npz` in the first of some places that has it or takes it."""
+
+    places: list[Path]
+    fingerprint: str  # what it holds is only used for the same files
+    note: str = "no cache"
+
+    def read(self, *names: str) -> list | None:
+        for path in self.places:
+            with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:  # damaged: made again
+                if str(file["fingerprint"]) == self.fingerprint:
+                    arrays = [file[name] for name in names]
+                    self._found(path)
+                    return arrays
+        return None
+
+    def _found(self, path: Path) -> None:
+        self.note = f"cache {path}, {path.stat().st_size / 2**20:.1f} MB"
+
+    def write(self, **arrays) -> None:
+        for path in self.places:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(temporary, "wb") as file:
+                    np.savez(file, fingerprint=self.fingerprint, **arrays)
+                os.replace(temporary, path)
+                first = self.places[0].parent
+                self._found(path)
+                self.note += f" ({first} cannot be written)" if path.parent != first else ""
+                return
+            except OSError as error:
+                self.note = f"no cache ({error.strerror or error}), so images are decoded again next time"
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+
+
+def load_files(
+    paths: Sequence[str], root: Path, places: list[Path], memory_limit: int, short_side: int | None = None
+) -> tuple[Uniform | Ragged | Files, dict[int, str], str]:
+    """Decode images once into memory, or leave them on disk if that takes more than `memory_limit` bytes.
+
+    `places` are of a `Cache`, `short_side` of `read_image`. Returns the source, why each of the images that can't be
+    read (by their places) can't, and a line for the log.
+    """
+
+    def reason(i: int, error: str) -> str:
+        return error.removeprefix(f"{paths[i]}: ").removesuffix(f"; {MEND}")
+
+    cache = Cache(places, _fingerprint(paths, root, short_side))
+    known = cache.read("sizes", "broken")
+    if known:
+        native, broken = torch.from_numpy(known[0]).long(), dict(json.loads(str(known[1])))
+    else:
+        read = _map_with_bar(_size, paths, "reading sizes")
+        broken = {i: reason(i, size) for i, size in enumerate(read) if isinstance(size, str)}
+        native = torch.tensor([(0, 0) if isinstance(size, str) else size for size in read])
+    sizes = torch.tensor([kept_size(*size, short_side) for size in native.tolist()])
+    ends = (3 * sizes.prod(dim=1)).cumsum(0).tolist()
+    in_memory = ends[-1] <= memory_limit
+    pixels = cache.read("pixels") if known and in_memory else None
+    if pixels:
+        pixels = torch.from_numpy(pixels[0])
+    elif in_memory or not known:  # those to be streamed are decoded once, to know what is broken
+        pixels = torch.empty(ends[-1] if in_memory else 0, dtype=torch.uint8)
+
+        def decode(i: int) -> None:
+            image = read_image(paths[i], short_side)
+            if in_memory:
+                image = pil_to_tensor(image).flatten()
+                pixels[ends[i] - len(image) : ends[i]] = image
+
+        whole = [i for i in range(len(paths)) if i not in broken]
+        text = "decoding" if in_memory else "checking"
+        done = zip(whole, _map_with_bar(decode, whole, text), strict=True)
+        broken |= {i: reason(i, error) for i, error in done if error}
+        kept = dict(pixels=pixels.numpy()) if in_memory else {}
+        cache.write(sizes=native.numpy().astype(np.int32), broken=json.dumps(list(broken.items())), **kept)
+    seen = native[[i for i in range(len(paths)) if i not in broken]]
+    note, size = describe_sizes(seen, short_side), f"{ends[-1] / 2**20:.1f} MB"
+    if not in_memory:
+        limit = f"{memory_limit / 2**20:.1f} MB (--memory_limit)"
+        note = f"{note}; streamed, as {size} are more than {limit}; {cache.note}"
+        return Files(paths, sizes, short_side), broken, note
+    note = f"{note}; {size} in memory; {cache.note}"
+    if (sizes == sizes[0]).all():
+        return Uniform(pixels.view(len(sizes), 3, *sizes[0].tolist())), broken, note
+    return Ragged(pixels, sizes), broken, note
+
+
+def describe_sizes(sizes: torch.Tensor, short_side: int | None) -> str:
+    """Sizes (n, 2), for the log."""
+    if not len(sizes):
+        return "no image"
+    pixels = sizes.prod(dim=1)
+    ends = (sizes[place].tolist() for place in (pixels.argmin(), pixels.argmax()))
+    smallest, largest = (f"{width}x{height}" for height, width in ends)
+    text = f"{smallest} pixels" if smallest == largest else f"{smallest} to {largest} pixels"
+    if short_side and (sizes.min(dim=1).values > short_side).any():
+        text += f", kept at a short side of {short_side} or less, which is all that crops can use"
+    return text
