@@ -210,12 +210,8 @@ def load_data(
     UserError: missing or broken data, with the file and the way out.
     """
     refuse(dataset not in DATASETS, f"no data set {dataset!r}, there are {' '.join(DATASETS)}")
-    root, words = Path(data_dir), dict(DATASETS[dataset])
-    read = words.pop("read")
-    words |= {name: value for name, value in dict(split=emnist_split, labels=labels).items() if name in words}
-    splits, found, *notes = (pkgutil.resolve_name(read) if isinstance(read, str) else read)(root, **words)
-    notes = notes[0] if notes else []
-    splits = {name: (images, torch.as_tensor(labels).long()) for name, (images, labels) in splits.items()}
+    root = Path(data_dir)
+    splits, found, notes = _read(dataset, root, split=emnist_split, labels=labels)
     refuse(train and "train" not in splits, f"--data_dir {root}: has no train/; it holds {', '.join(splits)}/")
     if train:
         refuse(test_fraction and "test" in splits, f"--test_fraction {test_fraction}: {root} has test images already")
@@ -226,27 +222,24 @@ def load_data(
         notes.append(f"No test images, so {test_fraction} of each class are for testing (--test_fraction)")
     if not train and (not test_fraction or "test" in splits):
         splits = {"test": splits.get("test", splits.get("val"))}
-    for name, (images, labels) in splits.items():
-        n, few = len(images), labels.unique().tolist()
-        wrong = n != len(labels) or few[0] < 0 or few[-1] >= len(found)
-        refuse(wrong, f"{dataset} in {root}: {n} {name} images with labels {few[:20]}, {len(found)} classes")
-    refuse(classes is None and len(found) == 1, f"{root}: only one class, {found[0]}; there must be two")
-    if classes is not None and found != (classes := [nfc(name) for name in classes]):
-        used = [found[i] for i in torch.cat([labels for _, labels in splits.values()]).unique().tolist()]
-        check_known(f"{dataset} in {root}", used, classes)
-        place = torch.tensor([classes.index(name) if name in classes else -1 for name in found])
-        splits, found = {name: (images, place[labels]) for name, (images, labels) in splits.items()}, classes
+    if classes is None:
+        refuse(len(found) == 1, f"{root}: only one class, {found[0]}; there must be two")
+    else:
+        classes = [nfc(name) for name in classes]
+        splits, found = _relabelled(splits, found, classes, f"{dataset} in {root}"), classes
 
     limit = memory_limit_of(torch.device("cpu")) if memory_limit is None else memory_limit
+    inner = DATASETS[dataset].get("folder", "")
     sets, broken = {}, {}
     for name, (images, labels) in splits.items():
-        places = [_cache_path(folder, root, words.get("folder", ""), name) for folder in cache_dirs]
+        places = [_cache_path(folder, root, inner, name) for folder in cache_dirs]
         sets[name], wrong, lines = _image_set(images, labels, root, places, int(limit * 2**30), short_side)
         notes += [f"Images, {name}: {line}" for line in lines]
         broken |= wrong
     notes += refuse_broken(broken, skip_broken)
     empty = " and ".join(name for name, part in sets.items() if not len(part))
     refuse(empty, f"{root}: none of the {empty} images can be read")
+
     training, valid, test = (sets.get(name) for name in ("train", "val", "test"))
     if test_fraction and training is not None and test is None:
         training, test = training.hold_out(test_fraction, seed, root)
@@ -261,6 +254,28 @@ def load_data(
     notes.insert(0, describe_classes(parts, found))
     files = {name: part.fingerprint(root, found) for name, part in parts.items()}
     return Data(training if train else None, valid or test, test, found, "val" if valid else "test", notes, files)
+
+
+def _read(dataset: str, root: Path, **flags) -> tuple[dict, list[str], list[str]]:
+    """What the data set's `read` gives, whose labels are checked: splits, names of classes, and lines for the log."""
+    words = dict(DATASETS[dataset])
+    read = words.pop("read")
+    words |= {name: value for name, value in flags.items() if name in words}
+    splits, found, *notes = (pkgutil.resolve_name(read) if isinstance(read, str) else read)(root, **words)
+    splits = {name: (images, torch.as_tensor(labels).long()) for name, (images, labels) in splits.items()}
+    for name, (images, labels) in splits.items():
+        n, few = len(images), labels.unique().tolist()
+        wrong = n != len(labels) or few[0] < 0 or few[-1] >= len(found)
+        refuse(wrong, f"{dataset} in {root}: {n} {name} images with labels {few[:20]}, {len(found)} classes")
+    return splits, found, notes[0] if notes else []
+
+
+def _relabelled(splits: dict, found: list[str], classes: list[str], what: str) -> dict:
+    """Splits whose labels count in `found`, counting in `classes`. UserError: images of a class that's not in these."""
+    used = [found[i] for i in torch.cat([labels for _, labels in splits.values()]).unique().tolist()]
+    check_known(what, used, classes)
+    place = torch.tensor([classes.index(name) if name in classes else -1 for name in found])
+    return {name: (images, place[labels]) for name, (images, labels) in splits.items()}
 
 
 def _image_set(
