@@ -117,6 +117,8 @@ class Parser(argparse.ArgumentParser):
                 near = ", ".join(sorted(map(str, path.parent.glob("*.args"))))
                 self.error(f"recipe {path}: no such file" + (f"; there are {near}" if near else ""))
         try:
+            for path in recipes:
+                path.read_text()  # from Python 3.12 on, argparse takes what is no text
             words = self._read_args_from_files(argv)
         except (ValueError, RecursionError) as error:  # no text, an unclosed quote, or a recipe that includes itself
             self.error(f"recipe {' '.join(map(str, recipes))}: holds no flags as on the command line ({error})")
