@@ -146,6 +146,7 @@ def test_mean_and_spread_over_seeds(tmp_path):
     row = table(tmp_path)[0]
     assert float(row["best"]) == pytest.approx(0.6) and float(row["best_sd"]) == pytest.approx(0.1)
     assert float(row["last"]) == pytest.approx(0.55) and row["seeds"] == "1 2 3"
+    assert float(row["best_so_far"]) == pytest.approx(0.6)
     assert float(row["last_sd"]) == pytest.approx(statistics.stdev([0.4, 0.6, 0.65]), abs=1e-5)
     assert (tmp_path / "comparison_cifar10.png").exists() and (tmp_path / "comparison_emnist_letters_val.png").exists()
     assert len(list(tmp_path.glob("*_curves.png"))) == 6
