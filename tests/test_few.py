@@ -79,6 +79,13 @@ def test_frozen_features_train_as_images_do(tmp_path, pretrained, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_frozen_features_are_not_compiled(tmp_path, pretrained, monkeypatch):
+    """Each batch would take a compilation of its own, for one pass."""
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *args: pytest.fail("is compiled"))
+    words = ["--name", "run", *TINY, "--pretrained_dir", pretrained, "--freeze", "--aug", "none", "--compile"]
+    run(*words, "--num_steps", 1, *places(tmp_path))
+
+
 @pytest.mark.slow
 def test_a_frozen_epoch_is_20_times_faster(tmp_path):
     """In processor time, so that another program's does not count."""
