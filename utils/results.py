@@ -114,7 +114,8 @@ def _read_json(path: Path) -> Run:
                 run.finished = True
                 run.best = float(record.get("test_accuracy", record["best_accuracy"]))
                 run.last = float(record.get("test_accuracy_last", record["last_accuracy"]))
-            run.minutes = record.get("seconds", 0) / 60
+            if "seconds" in record:  # it isn't where a run begins to be extended
+                run.minutes = record["seconds"] / 60
         return run
 
 
@@ -344,7 +345,7 @@ def csv_text(found: dict[tuple[str, str], list[Row]]) -> str:
                 num_steps=run.num_steps, n=len(row.runs) if done else 0,
                 seeds=" ".join(str(run.seed) for run in row.runs),
             )  # fmt: skip
-            line["best_so_far"] = max(run.accuracy, default=None)
+            line["best_so_far"], _ = mean_and_spread(max(run.accuracy, default=None) for run in row.runs)
             for name in ("best", "last", "minutes"):
                 line[name], line[f"{name}_sd"] = mean_and_spread(getattr(run, name) for run in row.runs)
             lines.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
