@@ -133,7 +133,8 @@ class Classifier:
         """What another program needs to know of the model: preparation of images, classes, and what made it."""
         args = self.args
         pixels = dict(image_size=args.img_size, image_mean=args.mean, image_std=args.std)
-        pixels |= dict(interpolation=args.interpolation, crop_pct=args.crop_pct)
+        crop_mode = "squash" if args.crop_pct == 1.0 else "center"  # timm's words; its crop_pct 1 alone cuts the centre
+        pixels |= dict(interpolation=args.interpolation, crop_pct=args.crop_pct, crop_mode=crop_mode)
         return dict(run=self.name, step=self.step, **pixels, classes=self.classes, model=self.config)
 
     def images_of(self, split: str) -> ImageSet:
