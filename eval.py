@@ -107,6 +107,8 @@ class Classifier:
             if isinstance(image, Image.Image):
                 image = pil_to_tensor(as_rgb(image))
             if image.is_floating_point():
+                known = (image > -0.5).all() and (image < 1.5).all()  # a resize may overshoot
+                refuse(not known, "pixels of floats are from 0 to 1; bytes, from 0 to 255, are taken, too")
                 image = (255 * image).round().clamp(0, 255).byte()
             yield self.augment(image[None].to(self.device), self.augment.draw(torch.tensor([image.shape[-2:]])))
 
