@@ -189,8 +189,8 @@ def test_dry_run_says_what_would_be_done(reference, unfinished):
     minutes = records(reference)[-1]["seconds"] / 60
     out = plan(reference, "--name", "other", "--num_steps", 1200, "--lr", 0.1)
     assert out == f"1200 steps; about {100 * minutes:.1f} min, as {ID} took {minutes:.1f}"
-    for flags in (["--dim", 48, "--heads", 3], ["--epochs", 9, "--dataset", "fashionmnist"]):
-        assert "time unknown" in plan(reference, "--name", "other", *flags)
+    for flags in ("--dim 48 --heads 3", "--epochs 9 --dataset fashionmnist", "--epochs 9 --ra 2"):
+        assert "time unknown" in plan(reference, "--name", "other", *flags.split())
     out = plan(reference, "--extend", "--num_steps", 120)  # ten times as many, of which one part is done
     assert f"goes on after step 12 of 12; about {9 * minutes:.1f} min" in out
     # 11.97 steps, which the run has rounded to 12

@@ -384,7 +384,7 @@ def plan(args: Namespace) -> tuple[str, float | None]:
         runs = []
     own = next((run for run in runs if run.id == files.id and run.steps and state != "new"), None)
     goes_on = f"goes on after {own.progress}; " if own else ""
-    cost = COST if unit == "num_steps" else (*COST, "dataset", "data_dir")  # whose images are an epoch
+    cost = COST if unit == "num_steps" else (*COST, "dataset", "data_dir", "ra")  # whose images are an epoch
     for run in runs:
         if run.finished and run.minutes is not None and all(run.settings.get(k) == now.get(k) for k in cost):
             done = own.steps[-1] / own.num_steps * own.settings[unit] if own else 0
