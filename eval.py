@@ -107,6 +107,8 @@ class Classifier:
             if isinstance(image, Image.Image):
                 image = pil_to_tensor(as_rgb(image))
             if image.is_floating_point():
+                known = (image > -0.5).all() and (image < 1.5).all()  # a resize may overshoot
+                refuse(not known, "pixels of floats are from 0 to 1; bytes, from 0 to 255, are taken, too")
                 image = (255 * image).round().clamp(0, 255).byte()
             yield self.augment(image[None].to(self.device), self.augment.draw(torch.tensor([image.shape[-2:]])))
 
@@ -133,7 +135,8 @@ class Classifier:
         """What another program needs to know of the model: preparation of images, classes, and what made it."""
         args = self.args
         pixels = dict(image_size=args.img_size, image_mean=args.mean, image_std=args.std)
-        pixels |= dict(interpolation=args.interpolation, crop_pct=args.crop_pct)
+        crop_mode = "squash" if args.crop_pct == 1.0 else "center"  # timm's words; its crop_pct 1 alone cuts the centre
+        pixels |= dict(interpolation=args.interpolation, crop_pct=args.crop_pct, crop_mode=crop_mode)
         return dict(run=self.name, step=self.step, **pixels, classes=self.classes, model=self.config)
 
     def images_of(self, split: str) -> ImageSet:

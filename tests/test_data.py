@@ -180,6 +180,10 @@ def test_a_set_of_your_own_is_a_row_of_the_table(tmp_path, monkeypatch):
     monkeypatch.setitem(DATASETS, "own", dict(read=lambda root: ({"test": (pixels[:2], [0, 3])}, ["a", "b", "c"])))
     with pytest.raises(UserError, match=r"own in .*: 2 test images with labels \[0, 3\], 3 classes"):
         load_data("own", tmp_path, train=False)
+    for wrong in (pixels / 255, pixels.transpose(0, 2, 3, 1)):  # the first would be as good as black
+        monkeypatch.setitem(DATASETS, "own", dict(read=lambda root, x=wrong: ({"test": (x, [0] * len(x))}, ["a", "b"])))
+        with pytest.raises(UserError, match=r"images are torch.* not torch.uint8 \(n, 1 or 3, h, w\)"):
+            load_data("own", tmp_path, train=False)
 
 
 # ---------------------------------------------------------------- image folders

@@ -11,6 +11,7 @@ from helpers import ROOT, call, in_process, places, same, weights
 
 from eval import load_run
 from models import MODELS
+from utils.cli import UserError
 from utils.datasets import load_data
 from utils.dist_util import Interrupt
 from utils.presets import AUGS, DATASETS
@@ -74,8 +75,13 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
         "train.py", *FLAGS, *places(tmp_path), "-v", "true", "--load_model_dir", checkpoint
     )
     data = load_data("fashionmnist-mini", train=False)
-    ((best, probability),) = load_run(checkpoint, "cpu").predict(data.test.source.images[:1], top=1)[0]
+    loaded, images = load_run(checkpoint, "cpu"), data.test.source.images[:1]
+    ((best, probability),) = loaded.predict(images, top=1)[0]
     assert best in data.classes and 0.1 < probability <= 1
+    assert loaded.predict(images / 255, top=1) == [[(best, probability)]]
+    for wrong in (images.float(), images / 127.5 - 1):  # of another range
+        with pytest.raises(UserError, match="pixels of floats are from 0 to 1"):
+            loaded.predict(wrong)
     run("eval.py", checkpoint, "--plot", "errors")
     assert [path.name for path in checkpoint.parent.glob("*_errors.png")]
     done = in_process("eval.py", checkpoint, "--plot", "attention")

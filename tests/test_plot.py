@@ -132,7 +132,8 @@ def test_mean_and_spread_over_seeds(tmp_path):
     for seed, scores in seeds.items():
         path = write_run(tmp_path, scores, seed)
     path.with_suffix(".txt").write_text("not read, as there is a .jsonl\n")
-    write_run(tmp_path, [0.9, 0.99], 4, ended=False)
+    begun = write_run(tmp_path, [0.9, 0.99], 4, ended=False)
+    begun.write_text(begun.read_text() + begun.read_text().partition("\n")[0] + "\n")  # as an extended run starts anew
     write_run(tmp_path, [0.3, 0.2, 0.3, 0.25], norm="Rescale")
     write_run(tmp_path, [0.3, 0.2, 0.3, 0.25], 1, norm="GN", chosen_on="val", dataset="emnist", emnist_split="letters")
     out = call("plot.py", tmp_path).stdout
@@ -143,7 +144,8 @@ def test_mean_and_spread_over_seeds(tmp_path):
     ]
     assert "### emnist letters, best on val\n" in out and "acc(%), test, best on val" in out
     assert cells(out)[-1][-2] == "11.00"  # the test accuracy of the checkpoint chosen on held-out images
-    row = table(tmp_path)[0]
+    row, unfinished, *_ = table(tmp_path)
+    assert (row["best_so_far"], unfinished["best_so_far"], unfinished["minutes"]) == ("0.6", "0.99", "2")
     assert float(row["best"]) == pytest.approx(0.6) and float(row["best_sd"]) == pytest.approx(0.1)
     assert float(row["last"]) == pytest.approx(0.55) and row["seeds"] == "1 2 3"
     assert float(row["best_so_far"]) == pytest.approx(0.6)

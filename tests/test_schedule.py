@@ -42,7 +42,7 @@ def test_epoch_wise_rates_as_dems_has_them():
     assert all(len(set(rates[i : i + 10])) == 1 for i in range(0, 100, 10))
     assert rates[:30:10] == pytest.approx([0.1, 0.55, 1.0])
     assert rates[30::10] == pytest.approx([0.2 + 0.4 * (1 + math.cos(math.pi * i / 7)) for i in range(7)])
-    for warmup, expected in ((5, 1.0), (10, 1.0), (12, 0.1)):  # an epoch or less has no rate to rise from
+    for warmup, expected in ((0.04, 1.0), (5, 1.0), (10, 1.0), (12, 0.1)):  # an epoch or less has no rate to rise from
         assert learning_rate(1, steps_per_epoch=10, **run | dict(warmup_steps=warmup)) == pytest.approx(expected)
 
 

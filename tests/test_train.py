@@ -31,6 +31,7 @@ from helpers import (
 import train
 from utils import options
 from utils.results import read_run
+from utils.run_files import RunFiles
 
 ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 SHORT = ["--name", "run", *TINY]
@@ -188,8 +189,8 @@ def test_dry_run_says_what_would_be_done(reference, unfinished):
     minutes = records(reference)[-1]["seconds"] / 60
     out = plan(reference, "--name", "other", "--num_steps", 1200, "--lr", 0.1)
     assert out == f"1200 steps; about {100 * minutes:.1f} min, as {ID} took {minutes:.1f}"
-    for flags in (["--dim", 48, "--heads", 3], ["--epochs", 9, "--dataset", "fashionmnist"]):
-        assert "time unknown" in plan(reference, "--name", "other", *flags)
+    for flags in ("--dim 48 --heads 3", "--epochs 9 --dataset fashionmnist", "--epochs 9 --ra 2"):
+        assert "time unknown" in plan(reference, "--name", "other", *flags.split())
     out = plan(reference, "--extend", "--num_steps", 120)  # ten times as many, of which one part is done
     assert f"goes on after step 12 of 12; about {9 * minutes:.1f} min" in out
     # 11.97 steps, which the run has rounded to 12
@@ -341,6 +342,16 @@ def test_large_images_are_kept_for_scoring_as_in_the_run(tmp_path):
     out = run("train.py", *words, "-v", "--load_model_dir", tmp_path / "output" / f"{ID}_checkpoint.bin").stdout
     assert f"Valid Loss: {records(tmp_path)[-2]['loss']:.5f}" in out
     assert (tmp_path / "pets" / "test.cache.npz").read_bytes() == cache
+
+
+def test_images_held_out_in_the_run_are_scored(tmp_path):
+    write_folder(tmp_path / "pets", splits=["."], per_class=10)
+    words = ["--dataset", "imagefolder", "--data_dir", tmp_path / "pets", *places(tmp_path)]
+    own = ["--num_steps", 1, "--train_batch_size", 4, "--seed", 1, "--test_fraction", 0.3]
+    run("train.py", "--name", "run", *TINY, *words, *own)
+    files = RunFiles(tmp_path / "output", tmp_path / "logs", f"{ID}_seed_1")
+    out = run("train.py", *words, "-v", "--load_model_dir", files.best).stdout
+    assert f"Valid Loss: {files.record('eval')['loss']:.5f}" in out and "/6)" in out
 
 
 def test_image_folder_from_training_to_evaluation(tmp_path):

@@ -106,6 +106,12 @@ def test_rows_of_a_position_embedding(tmp_path):
     load_weights(model, tmp_path / "run_checkpoint.bin")
     rows = own["model"]["pos_embed"][0, 1:].view(2, 4, 32)
     assert torch.allclose(model.pos_embed[0, 1:].view(4, 4, 32)[::3], rows, atol=1e-6)
+    turned = tiny(image_size=(16, 8))  # as many rows, of another grid
+    assert load_weights(turned, tmp_path / "run_checkpoint.bin").resized == ["pos_embed"]
+    assert torch.allclose(turned.pos_embed[0, 1:].view(4, 2, 32)[::3], rows[:, ::3], atol=1e-6)
+    own["model"]["pos_embed"][0, 5] = np.nan
+    torch.save(own, tmp_path / "run_checkpoint.bin")
+    assert "pos_embed has values that are not finite" in message(load_weights, model, tmp_path / "run_checkpoint.bin")
 
 
 def test_resizing_is_bilinear_with_aligned_corners():

@@ -284,7 +284,10 @@ def _image_set(
 ) -> tuple[ImageSet, dict[str, str], list[str]]:  # fmt: skip
     """A split; why those of its files that can't be read, which are left out, can't; and lines for the log."""
     if isinstance(images, (torch.Tensor, np.ndarray)):
-        return ImageSet(Uniform(torch.as_tensor(images)), torch.arange(len(labels)), labels), {}, []
+        images = torch.as_tensor(images)
+        fine = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
+        refuse(not fine, f"images are {images.dtype} {tuple(images.shape)}, not torch.uint8 (n, 1 or 3, h, w)")
+        return ImageSet(Uniform(images), torch.arange(len(labels)), labels), {}, []
     source, broken, line = load_files(images, root, places, memory_limit, short_side)
     ids = torch.tensor([i for i in range(len(images)) if i not in broken], dtype=torch.int64)
     return ImageSet(source, ids, labels[ids], list(images)), {images[i]: why for i, why in broken.items()}, [line]

@@ -54,7 +54,7 @@ def on_features(
         hook = model.head.register_forward_pre_hook(lambda head, given: found.append(given[0].float()))
         for x, _ in eval_batches(images, augment, **words):
             with autocast(device, precision):
-                model(x)
+                model.forward(x)  # not what --compile has made of it: the hook would have it compiled at each batch
         hook.remove()
         return replace(images, source=Uniform(torch.cat(found)), ids=torch.arange(len(images)))
 

@@ -15,8 +15,9 @@ def loss_of(
 
 
 def balanced_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Weights (num_classes,) by which each class counts alike in a sum over all labels (n,), whose mean is 1."""
-    return len(labels) / num_classes / labels.bincount(minlength=num_classes).clamp(min=1)
+    """Weights (num_classes,) by which each class that occurs counts alike in a sum over all labels (n,), of mean 1."""
+    counts = labels.bincount(minlength=num_classes)
+    return len(labels) / counts.count_nonzero() / counts.clamp(min=1)
 
 
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ HIDDEN = argparse.SUPPRESS
 DATA_DIR = "data"
 MODEL = dict(model_type="ViT-B_16", norm_type="LN", img_size=224)  # defaults, where no checkpoint says it
 STEMS = ("conv", "residual")  # --stem, words of models with `_stem` behind them
-EVALUATION = ("interpolation", "crop_pct", "scale")  # the last says how large images of files are kept
+EVALUATION = ("interpolation", "crop_pct", "scale", "seed", "test_fraction")  # which test images, and how they are cut
 SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()
 
 
@@ -57,7 +57,7 @@ def train_parser() -> Parser:
     g.add_argument("--dry_run", action="store_true", help="check the flags and say what they would do: steps, whether the run is new, unfinished or finished, and how long it would take by finished runs of equal cost")
     g.add_argument("--cells", default=HIDDEN, metavar="FILE", help="with --dry_run: do that for every line of flags in FILE, each in front of the other flags")
     g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=cli.boolean, metavar="true", help="only evaluate --load_model_dir, or this run's best checkpoint, on the test set; writes nothing")
-    g.add_argument("--seed", type=cli.count, default=42, help="every random choice is a function of (seed, step)")
+    g.add_argument("--seed", type=cli.count, default=None, help="every random choice is a function of (seed, step) [42; with -v, that of the checkpoint]")
     g.add_argument("--local_rank", type=int, default=-1, help=HIDDEN)  # of old launchers
     _add_device_flags(g)
 
@@ -65,7 +65,7 @@ def train_parser() -> Parser:
     g.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, help="fashionmnist-mini is in the repository [imagefolder where --data_dir holds images, else cifar10]")
     g.add_argument("--data_dir", default=DATA_DIR, help="where data sets are looked for and downloaded to; for imagefolder the folder that holds a folder a class, or train/ and val/ or test/ with these")
     g.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder without class folders: columns file,label and perhaps split (train, val, test)")
-    g.add_argument("--test_fraction", type=cli.bounded(float, 0, 0.9, open_low=True), default=None, help="part of each class of an image folder without test images that is held out for testing [0.2 where there is no val/ either]")
+    g.add_argument("--test_fraction", type=cli.bounded(float, 0, 0.9, open_low=True), default=None, help="part of each class of an image folder without test images that is held out for testing [0.2 where there is no val/ either; with -v, that of the checkpoint]")
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
     g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
     g.add_argument("--img_size", type=cli.positive_int, default=None, help="side in pixels that images are resized to [224, or that of --load_model_dir]")
@@ -235,7 +235,7 @@ def check(args: argparse.Namespace) -> None:
     args.name = args.dataset if args.name is None else args.name
     args.asked = {name: value for name in (*MODEL, *SIZES, *EVALUATION) if (value := getattr(args, name)) is not None}
     vars(args).update(MODEL | args.asked)
-    args.crop_pct = args.crop_pct or 1.0
+    args.crop_pct, args.seed = args.crop_pct or 1.0, 42 if args.seed is None else args.seed
     args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
     name, batch, scale = args.name, args.train_batch_size, args.scale
     usable = name and not name.startswith(".") and name.isprintable() and not set(name) & {*"/\\"}
@@ -322,7 +322,7 @@ def resolve_model(args: argparse.Namespace, config: dict) -> None:
 
 
 def resolve_evaluation(args: argparse.Namespace, its: dict) -> None:
-    """Without a flag, -v resizes and cuts images as the run did whose flags `its` are."""
+    """Without a flag, -v chooses, resizes and cuts test images as the run did whose flags `its` are."""
     for name in EVALUATION:
         if name not in args.asked and name in its:
             setattr(args, name, its[name])

@@ -114,7 +114,8 @@ def _read_json(path: Path) -> Run:
                 run.finished = True
                 run.best = float(record.get("test_accuracy", record["best_accuracy"]))
                 run.last = float(record.get("test_accuracy_last", record["last_accuracy"]))
-            run.minutes = record.get("seconds", 0) / 60
+            if "seconds" in record:  # it isn't where a run begins to be extended
+                run.minutes = record["seconds"] / 60
         return run
 
 
@@ -383,7 +384,7 @@ def plan(args: Namespace) -> tuple[str, float | None]:
         runs = []
     own = next((run for run in runs if run.id == files.id and run.steps and state != "new"), None)
     goes_on = f"goes on after {own.progress}; " if own else ""
-    cost = COST if unit == "num_steps" else (*COST, "dataset", "data_dir")  # whose images are an epoch
+    cost = COST if unit == "num_steps" else (*COST, "dataset", "data_dir", "ra")  # whose images are an epoch
     for run in runs:
         if run.finished and run.minutes is not None and all(run.settings.get(k) == now.get(k) for k in cost):
             done = own.steps[-1] / own.num_steps * own.settings[unit] if own else 0

@@ -22,7 +22,7 @@ def learning_rate(
         epoch, warmup = int((step - 1) / steps_per_epoch + 1e-9), round(warmup_steps / steps_per_epoch, 2)
         if epoch < warmup:
             return warmup_lr + (base_lr - warmup_lr) * (min(1.0, epoch / (warmup - 1)) if warmup > 1 else 1.0)
-        step = epoch * steps_per_epoch
+        step = max(warmup_steps, epoch * steps_per_epoch)
     elif decay_type == "timm":
         step -= 1
     if step < warmup_steps:

@@ -368,19 +368,18 @@ def load_weights(
         if name in report.reinitialised:
             continue
         value = state[name]
-        _check_tensor(path, name, value, tensor)
         fits = value.ndim == 3 and value.shape[::2] == tensor.shape[::2] and hasattr(model, "grid")
+        if name == "pos_embed" and fits and name not in fixed:  # as many rows may be another grid
+            with refusing(f"{path}: pos_embed does not fit", "another kind of file?"):
+                value = _fit_positions(file, value, tensor.shape[1], model.grid, bare)
+        _check_tensor(path, name, value, tensor)
         if name in heads and not keep_head:
             report.reinitialised.append(name)
         elif value.shape == tensor.shape:
-            report.loaded.append(name)
+            (report.loaded if value is state[name] else report.resized).append(name)
             target[name] = value
         elif name in fixed:  # a table that follows from the sizes
             report.ignored.append(name)
-        elif name == "pos_embed" and fits:
-            report.resized.append(name)
-            with refusing(f"{path}: pos_embed does not fit", "another kind of file?", ValueError):
-                target[name] = _fit_positions(file, value, tensor.shape[1], model.grid, bare)
         else:
             shapes = f"{tuple(value.shape)} in the file, {tuple(tensor.shape)} in the model"
             raise UserError(f"{path}: {name} is {shapes}; another --model_type, --patch_size, --stem or size?")
