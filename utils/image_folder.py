@@ -48,15 +48,10 @@ def _visible(folder: str | os.PathLike) -> list[os.DirEntry]:
         return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: nfc(entry.name))
 
 
-def _identity(folder: str | os.PathLike) -> tuple[int, int]:
-    info = os.stat(folder)
-    return info.st_dev, info.st_ino
-
-
 def files_in(folder: str | os.PathLike, above: tuple = ()) -> Iterator[str]:
     """Visible files below a folder, by name. Links are followed, but not back into a folder that holds them."""
-    above = above or tuple(map(_identity, Path(folder).resolve().parents))
-    here = _identity(folder)
+    here = Path(folder).resolve()
+    above = above or tuple(here.parents)
     for entry in _visible(folder) if here not in above else ():
         if entry.is_dir():
             yield from files_in(entry.path, (*above, here))
