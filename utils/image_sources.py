@@ -79,18 +79,13 @@ MEND = "mend or remove it"
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike):
     with refusing(f"{path}: not a readable image", MEND), Image.open(path) as image:
-        _check_bits(image)
         yield image
-
-
-def _check_bits(image: Image.Image) -> None:
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those hold 16
-        raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Without transparency, and with 16-bit gray scaled to 8 bits. ValueError: integers or floats of 32 bits."""
-    _check_bits(image)
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those hold 16
+        raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
         levels = np.asarray(image, dtype=np.float32) / 257
         image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
