@@ -13,6 +13,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
+from einops import rearrange
 
 if TYPE_CHECKING:
     import torch
@@ -255,15 +256,12 @@ def plot_distances(distances: torch.Tensor, even: float, title: str):
 
 
 def tile(tiles: np.ndarray, columns: int, gap: int, fill: float | tuple) -> np.ndarray:
-    """Lay tiles (n, h, w, ...) out in rows of `columns`, `gap` pixels of `fill` between; (rows, columns, ...)."""
-    n, height, width = tiles.shape[:3]
+    """Lay tiles (n, h, w, ...) out in rows of `columns`, `gap` >= 1 pixels of `fill` between; (rows, columns, ...)."""
+    n, height, width, *rest = tiles.shape
     rows = -(-n // columns)
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, *tiles.shape[3:])
-    canvas = np.full(shape, fill, dtype=np.float32)
-    for i, each in enumerate(tiles):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = each
-    return canvas
+    canvas = np.full((rows * columns, height + gap, width + gap, *rest), fill, dtype=np.float32)
+    canvas[:n, :height, :width] = tiles
+    return rearrange(canvas, "(r c) h w ... -> (r h) (c w) ...", c=columns)[:-gap, :-gap]
 
 
 def _panels(count: int, height: float, title: str):
