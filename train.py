@@ -250,7 +250,7 @@ class Trainer:
         norm = clip_grad_norm_(self.model.parameters(), args.max_grad_norm or float("inf"))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         dist_util.average_statistics(self.statistics)
         if self.average:
             self.average.update_parameters(self.model)

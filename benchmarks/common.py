@@ -41,26 +41,17 @@ def machine(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__}; {date.today()}"
 
 
-def set_up(words: list[str], folder: str | Path, copies: int = 1):
+def set_up(words: list[str], folder: str | Path):
     """What train.py makes of its flags: a `train.Trainer`, its data on the device, before the first step.
 
-    Args:
-        words: flags.
-        folder: for the run's files.
-        copies: of the training images, which must be in memory then, for a larger set.
+    `folder` is for the run's files.
     """
     from train import Trainer, prepare
     from utils import options
-    from utils.image_sources import Uniform
 
     places = ["--output_dir", str(folder), "--log_dir", str(folder)]
     args = options.parse_train_args([*words, *places])
-    processes, data, source = prepare(args)
-    train = data.train
-    if copies > 1:
-        train.source = Uniform(train.source.images.repeat(copies, 1, 1, 1))
-        train.ids, train.labels = torch.arange(copies * len(train.ids)), train.labels.repeat(copies)
-    return Trainer(args, processes, data, source)
+    return Trainer(args, *prepare(args))
 
 
 def take_turns(

@@ -21,6 +21,7 @@ from common import ROOT, call_on_one_core, parser_of, rate, report, set_up, take
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models import NORM_TYPES
+from utils.image_sources import Uniform
 
 BASE = "--model_type ViT-Ti_16 --patch_size 4 --dataset fashionmnist-mini --memory_limit 8".split()
 BASE += "--opt adamw --dropout 0 --aug strong".split()
@@ -31,8 +32,12 @@ KINDS |= {"DEMS-Ti": ["--model_type", "DEMS-Ti"], "MViT-Ti": "--model_type MViT-
 
 
 def updates(words: list[str], folder: str, copies: int = 1):
-    """A function that takes one update, counted FLOPs and images of it, and its device."""
-    trainer = set_up(["--name", "scaling", *BASE, *words], folder, copies)
+    """A function that takes one update, counted FLOPs and images of it, and its device; `copies` make a larger set."""
+    trainer = set_up(["--name", "scaling", *BASE, *words], folder)
+    if copies > 1:
+        train = trainer.data.train
+        train.source = Uniform(train.source.images.repeat(copies, 1, 1, 1))
+        train.ids, train.labels = torch.arange(copies * len(train)), train.labels.repeat(copies)
     trainer.model.train()
     batches, images = trainer.batches(), trainer.args.train_batch_size
     return lambda: trainer.update(batches), 3 * trainer.gflops * images, images, trainer.device

@@ -18,8 +18,8 @@ Model FLOPs utilisation (MFU) counts 3 forward passes of counted FLOPs a trainin
 matrix product reaches in the same precision, which takes turns with the others.
 """
 
-import importlib.util
 import itertools
+import runpy
 import statistics
 import tempfile
 from argparse import Namespace
@@ -125,23 +125,19 @@ def peers(args: Namespace, config: dict, precision: str, images: torch.Tensor, v
         found = {best: found[best]}
         found["plain, fp32"] = peer(PlainViT(**sizes), precision="fp32")
     if vs:
-        spec = importlib.util.spec_from_file_location("vs", vs)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
         words = {name: value for name, value in config.items() if name not in ("model_type", "cls", "norm_cls")}
         if args.norm_type == "LN":
             words.pop("norm_type", None)
         cls = MODELS[args.model_type]["cls" if args.norm_type == "LN" else "norm_cls"].split(":")[1]
-        found[f"{vs.name}, {precision}"] = peer(getattr(module, cls)(**words))
+        found[f"{vs.name}, {precision}"] = peer(runpy.run_path(str(vs))[cls](**words))
     return found
 
 
 def main() -> None:
-    parser = parser_of(__doc__, rounds=5, seconds=2.0)
-    parser.add_argument("--threads", type=int, default=None)
+    parser = parser_of(__doc__, rounds=5, seconds=2.0, threads=torch.get_num_threads())
     parser.add_argument("--vs", type=Path, default=None, help="another version of the model's file, as a contestant")
     own, rest = parser.parse_known_args()
-    if own.threads:
-        torch.set_num_threads(own.threads)
+    torch.set_num_threads(own.threads)
     folder = tempfile.TemporaryDirectory()
     words = "--name speed --dataset fashionmnist-mini --memory_limit 8 --opt adamw".split()
     fed = set_up([*words, *rest], folder.name)

@@ -102,7 +102,7 @@ def test_constant_images_stay(clothes):
     flat = torch.full_like(clothes, 77)
     none = torch.zeros(len(flat), 1, 1, 1)
     assert torch.equal(randaugment.auto_contrast(flat, none), flat)
-    assert torch.equal(randaugment.equalize(flat, none), flat)
+    assert torch.equal(randaugment.COLOUR["Equalize"](flat, none), flat)
 
 
 @pytest.mark.parametrize("turn", (-0.1, -0.03, 0.0, 0.1))

@@ -10,7 +10,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch.utils.data import DataLoader
@@ -83,18 +82,18 @@ def _augmented(source: Uniform | Ragged, ids: torch.Tensor, params: dict, augmen
     """
     if isinstance(source, Uniform):
         return augment(source.take(ids), params)
-    sizes = source.sizes[ids]
-    order = (sizes[:, 0] * int(sizes.max() + 1) + sizes[:, 1]).argsort(stable=True)
-    ends, height, width, own = [0], 0, 0, 0
-    for i, (h, w) in enumerate(sizes[order].tolist()):
-        height, width, own = max(height, h), max(width, w), own + h * w
-        n = i + 1 - ends[-1]
+    sizes = source.sizes[ids].tolist()
+    parts, height, width, own = [[]], 0, 0, 0
+    for i in sorted(range(len(ids)), key=sizes.__getitem__):
+        h, w = sizes[i]
+        height, width, own, n = max(height, h), max(width, w), own + h * w, len(parts[-1]) + 1
         taken = n * (3 * height * width + 4 * augment.size * (height + width))
         if n > 1 and (taken > PART or n * height * width > 2 * own):
-            ends.append(i)
+            parts.append([])
             height, width, own = h, w, h * w
+        parts[-1].append(i)
     batch = None
-    for part in (order[begin:end] for begin, end in pairwise([*ends, len(ids)])):
+    for part in map(torch.tensor, parts):
         done = augment(source.take(ids[part]), {name: value[part] for name, value in params.items()})
         batch = done.new_empty(len(ids), *done.shape[1:]) if batch is None else batch
         batch[part.to(batch.device, non_blocking=True)] = done

@@ -229,14 +229,9 @@ def load_data(
         splits, found = _relabelled(splits, found, classes, f"{dataset} in {root}"), classes
 
     limit = memory_limit_of(torch.device("cpu")) if memory_limit is None else memory_limit
-    inner = DATASETS[dataset].get("folder", "")
-    sets, broken = {}, {}
-    for name, (images, labels) in splits.items():
-        places = [_cache_path(folder, root, inner, name) for folder in cache_dirs]
-        sets[name], wrong, lines = _image_set(images, labels, root, places, int(limit * 2**30), short_side)
-        notes += [f"Images, {name}: {line}" for line in lines]
-        broken |= wrong
-    notes += refuse_broken(broken, skip_broken)
+    places = {name: [_cache_path(folder, root, dataset, name) for folder in cache_dirs] for name in splits}
+    sets, broken, lines = _image_sets(splits, root, places, int(limit * 2**30), short_side)
+    notes += lines + refuse_broken(broken, skip_broken)
     empty = " and ".join(name for name, part in sets.items() if not len(part))
     refuse(empty, f"{root}: none of the {empty} images can be read")
 
@@ -278,19 +273,24 @@ def _relabelled(splits: dict, found: list[str], classes: list[str], what: str) -
     return {name: (images, place[labels]) for name, (images, labels) in splits.items()}
 
 
-def _image_set(
-    images: torch.Tensor | np.ndarray | list[str], labels: torch.Tensor, root: Path, places: list[Path],
-    memory_limit: int, short_side: int | None,
-) -> tuple[ImageSet, dict[str, str], list[str]]:  # fmt: skip
-    """A split; why those of its files that can't be read, which are left out, can't; and lines for the log."""
-    if isinstance(images, (torch.Tensor, np.ndarray)):
-        images = torch.as_tensor(images)
-        fine = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
-        refuse(not fine, f"images are {images.dtype} {tuple(images.shape)}, not torch.uint8 (n, 1 or 3, h, w)")
-        return ImageSet(Uniform(images), torch.arange(len(labels)), labels), {}, []
-    source, broken, line = load_files(images, root, places, memory_limit, short_side)
-    ids = torch.tensor([i for i in range(len(images)) if i not in broken], dtype=torch.int64)
-    return ImageSet(source, ids, labels[ids], list(images)), {images[i]: why for i, why in broken.items()}, [line]
+def _image_sets(
+    splits: dict, root: Path, places: dict[str, list[Path]], memory_limit: int, short_side: int | None
+) -> tuple[dict[str, ImageSet], dict[str, str], list[str]]:
+    """The splits; why those of their files that can't be read, which are left out, can't; and lines for the log."""
+    sets, broken, notes = {}, {}, []
+    for name, (images, labels) in splits.items():
+        if isinstance(images, (torch.Tensor, np.ndarray)):
+            images = torch.as_tensor(images)
+            fine = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
+            refuse(not fine, f"images are {images.dtype} {tuple(images.shape)}, not torch.uint8 (n, 1 or 3, h, w)")
+            sets[name] = ImageSet(Uniform(images), torch.arange(len(labels)), labels)
+            continue
+        source, reasons, line = load_files(images, root, places[name], memory_limit, short_side)
+        ids = torch.tensor([i for i in range(len(images)) if i not in reasons], dtype=torch.int64)
+        sets[name] = ImageSet(source, ids, labels[ids], list(images))
+        broken |= {images[i]: reason for i, reason in reasons.items()}
+        notes.append(f"Images, {name}: {line}")
+    return sets, broken, notes
 
 
 def data_words(args: Namespace) -> dict:
@@ -311,9 +311,9 @@ def describe_classes(parts: dict[str, ImageSet], classes: list[str]) -> str:
     return f"Images a class, {'/'.join(parts)}: {', '.join(shown)}"
 
 
-def _cache_path(folder: str | os.PathLike | None, root: Path, inner: str, split: str) -> Path:
+def _cache_path(folder: str | os.PathLike | None, root: Path, dataset: str, split: str) -> Path:
     """In the data's own folder, or in one that may hold the caches of several."""
     if folder is None:
-        return root / inner / f"{split}.cache.npz"
+        return root / DATASETS[dataset].get("folder", "") / f"{split}.cache.npz"
     place = root.resolve()
     return Path(folder) / f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}.{split}.cache.npz"

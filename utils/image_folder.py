@@ -38,6 +38,11 @@ def suffix_of(path: str | os.PathLike) -> str:
     return os.path.splitext(path)[1].lower()
 
 
+def is_image(path: str | os.PathLike) -> bool:
+    """Whether the installed Pillow reads it, by its suffix."""
+    return suffix_of(path) in suffixes()
+
+
 def nfc(text: str) -> str:
     """Unicode's composed form: what macOS and others write differently becomes the same."""
     return unicodedata.normalize("NFC", text)
@@ -48,15 +53,10 @@ def _visible(folder: str | os.PathLike) -> list[os.DirEntry]:
         return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: nfc(entry.name))
 
 
-def _identity(folder: str | os.PathLike) -> tuple[int, int]:
-    info = os.stat(folder)
-    return info.st_dev, info.st_ino
-
-
 def files_in(folder: str | os.PathLike, above: tuple = ()) -> Iterator[str]:
     """Visible files below a folder, by name. Links are followed, but not back into a folder that holds them."""
-    above = above or tuple(map(_identity, Path(folder).resolve().parents))
-    here = _identity(folder)
+    here = Path(folder).resolve()
+    above = above or tuple(here.parents)
     for entry in _visible(folder) if here not in above else ():
         if entry.is_dir():
             yield from files_in(entry.path, (*above, here))
@@ -68,7 +68,7 @@ def holds_images(root: str | os.PathLike) -> bool:
     """Whether there are images among a folder's first files, apart from those of a named data set."""
     with contextlib.suppress(UserError, OSError):
         files = (file for file in islice(files_in(root), 10_000) if "caltech101" not in Path(file).parts)
-        return any(suffix_of(file) in suffixes() for file in files)
+        return any(map(is_image, files))
     return False
 
 
@@ -85,35 +85,26 @@ def check_known(where: Path | str, found: Iterable[str], classes: list[str]) -> 
         refuse(name not in classes, f"{where}: class {name!r} is not among {known}")
 
 
-class Skipped(Counter):
-    """Files that are no images for Pillow, counted by suffix."""
-
-    def images(self, paths: Iterable[str]) -> list[str]:
-        """Paths of images, the others counted."""
-        kept = []
-        for path in paths:
-            kind = suffix_of(path)
-            if kind in suffixes():
-                kept.append(path)
-            else:
-                self[kind or "without suffix"] += 1
-        return kept
-
-    def __str__(self) -> str:
-        return ", ".join(f"{n} {kind}" for kind, n in self.most_common())
+def _listed(kinds: Counter) -> str:
+    """'3 .txt, 1 .pdf', the most frequent first."""
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
-def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str, list[str]], Skipped]:
-    """Images of each class, by its name, of folder/CLASS/**/*.jpg and so on. UserError: none, or an empty class."""
-    found, skipped = {}, Skipped()
+def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str, list[str]], Counter]:
+    """Images of each class, by its name, of folder/CLASS/**/*.jpg and so on; and other files, counted by suffix.
+
+    UserError: none, or an empty class.
+    """
+    found, skipped = {}, Counter()
     for entry in _visible(folder):
         if entry.is_dir() and entry.name not in leave_out:
             name = nfc(entry.name)
             refuse(not name.isprintable(), f"{entry.path}: the name of a class must be printable text; rename it")
-            others = Skipped()
-            found.setdefault(name, []).extend(others.images(files_in(entry.path)))
+            files = list(files_in(entry.path))
+            found.setdefault(name, []).extend(filter(is_image, files))
+            others = Counter(suffix_of(file) or "without suffix" for file in files if not is_image(file))
             skipped.update(others)
-            held = f"it holds {others}" if others else "it is empty"
+            held = f"it holds {_listed(others)}" if others else "it is empty"
             refuse(not found[name], f"{entry.path}: no images in it ({held}); add some, or remove the folder")
     refuse(not found, f"{folder}: no class folders in it; images belong into {folder}/CLASS/")
     return dict(sorted(found.items())), skipped
@@ -140,7 +131,7 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
         return _from_table(root, Path(labels))
     splits, others = _split_folders(root)
     if not splits:
-        loose = Skipped().images(entry.path for entry in _visible(root) if entry.is_file())
+        loose = [entry for entry in _visible(root) if entry.is_file() and is_image(entry)]
         name = f"--data_dir {root}: {len(loose)} images without a class folder"
         refuse(loose and not others, f"{name}; {LAYOUTS}, or name each one's class with --labels FILE.csv")
         refuse(not others, f"--data_dir {root}: no images in it; {LAYOUTS}")
@@ -153,7 +144,7 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
         mixed = others and "train" not in splits
         also = ", ".join(others[:5])
         refuse(mixed, f"--data_dir {root}: holds {also} beside {min(splits.values())}; move the classes into train/")
-    sets, classes, skipped, notes = {}, [], Skipped(), []
+    sets, classes, skipped, notes = {}, [], Counter(), []
     for split in sorted(splits, key="train val test".split().index):
         found, other = class_folders(splits[split])
         skipped.update(other)
@@ -162,7 +153,7 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
         paths = [path for images in found.values() for path in images]
         sets[split] = paths, [classes.index(name) for name, images in found.items() for _ in images]
     if skipped:
-        notes.append(f"Not read, as no image for this Pillow: {skipped}")
+        notes.append(f"Not read, as no image for this Pillow: {_listed(skipped)}")
     if unused:
         notes.append(f"Not used: {', '.join(unused)}")
     return sets, classes, notes
@@ -195,7 +186,7 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
         paths, labels = sets.setdefault(SPLITS[(row.get("split") or "train").lower()], ([], []))
         paths.append(there[name])
         labels.append(classes.index(nfc(row["label"])))
-    rest = len(Skipped().images(there.values())) - len(rows)
+    rest = sum(map(is_image, there.values())) - len(rows)
     return sets, classes, [f"Not used: {rest} images that {table} does not name"] * (rest > 0)
 
 

@@ -79,18 +79,13 @@ MEND = "mend or remove it"
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike):
     with refusing(f"{path}: not a readable image", MEND), Image.open(path) as image:
-        _check_bits(image)
         yield image
-
-
-def _check_bits(image: Image.Image) -> None:
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those hold 16
-        raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Without transparency, and with 16-bit gray scaled to 8 bits. ValueError: integers or floats of 32 bits."""
-    _check_bits(image)
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those hold 16
+        raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
         levels = np.asarray(image, dtype=np.float32) / 257
         image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
@@ -118,19 +113,22 @@ def _size(path: str) -> tuple[int, int]:
         return image.height, image.width
 
 
-def _map_with_bar(function: Callable, items: Sequence, text: str) -> list:
-    """`function` of each item, in threads; where that is a UserError, its text."""
+def _map_with_bar(
+    function: Callable, paths: Sequence[str], places: Sequence[int], text: str
+) -> tuple[list, dict[int, str]]:
+    """`function(i)` for places i of the paths, in threads; and why it was a UserError, by the places where it was."""
+    broken = {}
 
-    def attempt(item):
+    def attempt(i: int):
         try:
-            return function(item)
+            return function(i)
         except UserError as error:
-            return str(error)
+            broken[i] = str(error).removeprefix(f"{paths[i]}: ").removesuffix(f"; {MEND}")
 
-    bar = dict(desc=text, unit=" images", disable=not sys.stderr.isatty(), leave=False, total=len(items))
+    bar = dict(desc=text, unit=" images", disable=not sys.stderr.isatty(), leave=False, total=len(places))
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        return list(tqdm(pool.map(attempt, items), **bar))
+        return list(tqdm(pool.map(attempt, places), **bar)), dict(sorted(broken.items()))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no image that isn't begun
 
@@ -190,18 +188,13 @@ def load_files(
     `places` are of a `Cache`, `short_side` of `read_image`. Returns the source, why each of the images that can't be
     read (by their places) can't, and a line for the log.
     """
-
-    def reason(i: int, error: str) -> str:
-        return error.removeprefix(f"{paths[i]}: ").removesuffix(f"; {MEND}")
-
     cache = Cache(places, _fingerprint(paths, root, short_side))
     known = cache.read("sizes", "broken")
     if known:
         native, broken = torch.from_numpy(known[0]).long(), dict(json.loads(str(known[1])))
     else:
-        read = _map_with_bar(_size, paths, "reading sizes")
-        broken = {i: reason(i, size) for i, size in enumerate(read) if isinstance(size, str)}
-        native = torch.tensor([(0, 0) if isinstance(size, str) else size for size in read])
+        read, broken = _map_with_bar(lambda i: _size(paths[i]), paths, range(len(paths)), "reading sizes")
+        native = torch.tensor([size or (0, 0) for size in read])
     sizes = torch.tensor([kept_size(*size, short_side) for size in native.tolist()])
     ends = (3 * sizes.prod(dim=1)).cumsum(0).tolist()
     in_memory = ends[-1] <= memory_limit
@@ -218,9 +211,7 @@ def load_files(
                 pixels[ends[i] - len(image) : ends[i]] = image
 
         whole = [i for i in range(len(paths)) if i not in broken]
-        text = "decoding" if in_memory else "checking"
-        done = zip(whole, _map_with_bar(decode, whole, text), strict=True)
-        broken |= {i: reason(i, error) for i, error in done if error}
+        broken |= _map_with_bar(decode, paths, whole, "decoding" if in_memory else "checking")[1]
         kept = dict(pixels=pixels.numpy()) if in_memory else {}
         cache.write(sizes=native.numpy().astype(np.int32), broken=json.dumps(list(broken.items())), **kept)
     seen = native[[i for i in range(len(paths)) if i not in broken]]

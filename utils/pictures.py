@@ -285,19 +285,18 @@ def most_confident_mistakes(run, batches: Iterable, limit: int = 25) -> dict:
     Returns images (n, 3, h, w), true, predicted (n), probability (n), falling, and index (n) among all, with n at most
     `limit`; wrong and seen, numbers of images.
     """
-    kept, wrong, seen = None, 0, 0
+    kept, wrong, seen = {}, 0, 0
     for images, labels in batches:
         probability, predicted = run.probabilities(images).max(dim=1)
         miss = predicted != labels
         index = seen + torch.arange(len(labels), device=labels.device)
         wrong, seen = wrong + int(miss.sum()), seen + len(labels)
-        found = [images[miss], labels[miss], predicted[miss], probability[miss], index[miss]]
-        if kept is not None:
-            found = [torch.cat(pair) for pair in zip(kept, found, strict=True)]
-        order = found[3].argsort(descending=True, stable=True)[:limit]
-        kept = [values[order] for values in found]
-    names = ("images", "true", "predicted", "probability", "index")
-    return dict(zip(names, kept, strict=True)) | {"wrong": wrong, "seen": seen}
+        found = dict(images=images, true=labels, predicted=predicted, probability=probability, index=index)
+        for name, values in found.items():
+            found[name] = torch.cat([kept[name], values[miss]]) if kept else values[miss]
+        order = found["probability"].argsort(descending=True, stable=True)[:limit]
+        kept = {name: values[order] for name, values in found.items()}
+    return kept | {"wrong": wrong, "seen": seen}
 
 
 def _draw_errors(add: Callable, run, split: str) -> None:

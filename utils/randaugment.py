@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torchvision.transforms.v2.functional import equalize
 
 # images (n, 3, h, w) uint8, value (n, 1, 1, 1) float32 -> (n, 3, h, w) uint8
 # A CPU multiplies by a mask several times faster than torch.where chooses.
@@ -38,16 +39,6 @@ def auto_contrast(images: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.where(spread > 0, levels(stretched), images)
 
 
-def equalize(images: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    pixels = images.flatten(2).long()
-    histogram = pixels.new_zeros(*pixels.shape[:2], 256).scatter_add_(2, pixels, torch.ones_like(pixels))
-    brightest = histogram.gather(2, pixels.amax(dim=2, keepdim=True))
-    step = (pixels.shape[2] - brightest) // 255
-    darker = histogram.cumsum(dim=2) - histogram
-    table = ((darker + step // 2) // step.clamp(min=1)).clamp_(max=255).byte()
-    return torch.where(step[..., None] > 0, table.gather(2, pixels).view_as(images), images)
-
-
 def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     x = images.float()
     smooth, inner = x.clone(), x[..., 1:-1, 1:-1]  # 3x3, centre 5, all else 1; the border stays
@@ -72,7 +63,7 @@ def hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
 COLOUR = {
     "Hue": hue,
     "AutoContrast": auto_contrast,
-    "Equalize": equalize,
+    "Equalize": lambda x, value: equalize(x),
     "Invert": lambda x, value: 255 - x,
     "Posterize": lambda x, bits: x & torch.bitwise_left_shift(255, 8 - bits.int()).to(torch.uint8),  # black at 0 bits
     "Solarize": lambda x, threshold: x ^ (x >= threshold).byte().neg_(),  # minus one is 255, and x ^ 255 is 255 - x

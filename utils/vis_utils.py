@@ -13,6 +13,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
+from einops import rearrange
 
 if TYPE_CHECKING:
     import torch
@@ -127,10 +128,9 @@ def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str):
     axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=size)
     axes.set_yticks(ticks, [names[i] for i in ticks], fontsize=size)
     if n <= 20:
-        for i in range(n):
-            for j in range(n):
-                color = "white" if i != j and percent[i, j] > 0.6 * image.norm.vmax else "black"
-                axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
+        for i, j in np.ndindex(n, n):
+            color = "white" if i != j and percent[i, j] > 0.6 * image.norm.vmax else "black"
+            axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
     return figure
 
 
@@ -255,15 +255,12 @@ def plot_distances(distances: torch.Tensor, even: float, title: str):
 
 
 def tile(tiles: np.ndarray, columns: int, gap: int, fill: float | tuple) -> np.ndarray:
-    """Lay tiles (n, h, w, ...) out in rows of `columns`, `gap` pixels of `fill` between; (rows, columns, ...)."""
-    n, height, width = tiles.shape[:3]
+    """Lay tiles (n, h, w, ...) out in rows of `columns`, `gap` >= 1 pixels of `fill` between; (rows, columns, ...)."""
+    n, height, width, *rest = tiles.shape
     rows = -(-n // columns)
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, *tiles.shape[3:])
-    canvas = np.full(shape, fill, dtype=np.float32)
-    for i, each in enumerate(tiles):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = each
-    return canvas
+    canvas = np.full((rows * columns, height + gap, width + gap, *rest), fill, dtype=np.float32)
+    canvas[:n, :height, :width] = tiles
+    return rearrange(canvas, "(r c) h w ... -> (r h) (c w) ...", c=columns)[:-gap, :-gap]
 
 
 def _panels(count: int, height: float, title: str):
@@ -271,10 +268,7 @@ def _panels(count: int, height: float, title: str):
     columns = min(2, count)
     rows = -(-count // columns)
     figure = new_figure(5.0 * columns + 1.2, height * rows + 0.6, title)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in panels[count:]:
-        unused.remove()
-    return figure, panels[:count]
+    return figure, [figure.add_subplot(rows, columns, 1 + i) for i in range(count)]
 
 
 def plot_similarity(tables: list[tuple[str, torch.Tensor, tuple[int, int]]], title: str):
@@ -286,13 +280,13 @@ def plot_similarity(tables: list[tuple[str, torch.Tensor, tuple[int, int]]], tit
     low = min(similarity.min().item() for _, similarity, _ in tables)
     for axes, (name, similarity, (rows, columns)) in zip(panels, tables, strict=True):
         shown = [np.linspace(0, side - 1, min(side, 8)).round().astype(int) for side in (rows, columns)]
-        chosen = (shown[0][:, None] * columns + shown[1]).flatten()
         gap = max(1, rows // 7)
-        tiles = similarity.numpy()[chosen].reshape(-1, rows, columns)
+        maps = similarity.numpy().reshape(rows, columns, rows, columns)
+        tiles = rearrange(maps[np.ix_(*shown)], "h w rows columns -> (h w) rows columns")
         image = axes.imshow(tile(tiles, len(shown[1]), gap, np.nan), vmin=low, vmax=1, interpolation="nearest")
         for set_ticks, places, side in ((axes.set_yticks, shown[0], rows), (axes.set_xticks, shown[1], columns)):
             set_ticks(np.arange(len(places)) * (side + gap) + (side - 1) / 2, places, fontsize=8)
-        left_out = len(chosen) < rows * columns
+        left_out = len(tiles) < rows * columns
         which = f", {len(shown[0])} x {len(shown[1])} of them shown, the others left out" if left_out else ""
         axes.set_title(f"{name}, grid {rows} x {columns}{which}", fontsize=9)
         axes.set_xlabel("column of the patch", fontsize=9)
@@ -327,10 +321,10 @@ def plot_mistakes(
     columns = min(5, len(images))
     rows = -(-len(images) // columns)
     figure = new_figure(2.0 * columns, 2.4 * rows + 0.6, title)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
+    for i, image in enumerate(images):
+        axes = figure.add_subplot(rows, columns, 1 + i)
         axes.axis("off")
-    for axes, image, is_, seems, p, name in zip(grid.flat, images, true, predicted, probability, names, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_title(f"{shorten(seems)} {100 * p:.1f} %\nis {shorten(is_)}\n{shorten(name, 28)}", fontsize=8)
+        found = f"{shorten(predicted[i])} {100 * probability[i]:.1f} %"
+        axes.set_title(f"{found}\nis {shorten(true[i])}\n{shorten(names[i], 28)}", fontsize=8)
     return figure

@@ -7,6 +7,7 @@ the model has no place for is refused. Files are data: nothing in them is ever e
 
 import argparse
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -196,18 +197,16 @@ def _join_qkv(state: State) -> State:
     return joined
 
 
-def _fold_layer_scale(state: State, target: State, notes: list[str]) -> State:
+def _fold_layer_scale(state: State, target: State) -> State:
     """Multiply LayerScale, where the model has none, into the linear layer before it: the same function."""
-    state, folded = dict(state), False
+    state = dict(state)
     for name in [name for name in state if name not in target]:
         match = re.match(weight_names.LAYER_SCALE, name)
-        linear = match and f"{match[1]}.{'attn.proj' if '1' in match.groups()[1:] else 'mlp.fc2'}"
+        linear = match and f"{match[1]}.{'attn.proj' if '1' in match.groups() else 'mlp.fc2'}"
         if match and f"{linear}.weight" in state:
-            scale, folded = state.pop(name).float(), True
-            for part in filter(state.__contains__, (f"{linear}.weight", f"{linear}.bias")):
+            scale = state.pop(name).float()
+            for part in state.keys() & {f"{linear}.weight", f"{linear}.bias"}:
                 state[part] = torch.einsum("o,o...->o...", scale, state[part].float())
-    if folded:
-        notes.append("LayerScale folded into attn.proj and mlp.fc2")
     return state
 
 
@@ -246,11 +245,13 @@ def _fit_positions(file: WeightFile, pos: torch.Tensor, rows: int, new: tuple[in
     elif count == rows or bare and count == rows - front:
         old = new
     else:
-        sides = [round(max(0, count - n) ** 0.5) for n in ((front, 0) if bare else (front,))]
-        fitting = [side for side, n in zip(sides, (front, 0), strict=False) if side and side * side == count - n]
-        if not fitting:
+        for extra in (front, 0) if bare else (front,):
+            side = math.isqrt(max(0, count - extra))
+            if side and side * side == count - extra:
+                old = (side, side)
+                break
+        else:
             raise ValueError(f"its {count} rows are no square grid{' and a class token' if front else ''}")
-        old = (fitting[0], fitting[0])
     missing = front + old[0] * old[1] - count
     pos = torch.cat([pos.new_zeros(1, missing, pos.shape[2]), pos], dim=1) if missing > 0 else pos
     return pos if old == new else resize_pos_embed(pos, old, new)
@@ -329,12 +330,17 @@ def _check_names(
     """Names that the file has beyond the model, and those that start anew; refuse what would compute something else."""
     path, kind = file.path, type(model).__name__
     left, missing = [n for n in state if n not in target], [n for n in target if n not in state]
-    norms = [weight_names.NORMS] if not exact and any(_matches(name, [weight_names.NORMS]) for name in left) else []
-    harmless = [*weight_names.HARMLESS, *norms, *([] if exact else weight_names.HARMLESS_AT_FINE_TUNING)]
-    harmless += [] if keep_head else [r"^head\."]  # of pretraining
+    harmless, anew = [*weight_names.HARMLESS], []  # what the file may have beyond the model, and lack
+    if not exact:
+        harmless += weight_names.HARMLESS_AT_FINE_TUNING
+        anew += [r"^head\."]
+        if any(_matches(name, [weight_names.NORMS]) for name in left):  # of another --norm_type
+            harmless += [weight_names.NORMS]
+            anew += [weight_names.NORMS]
+    if not keep_head:  # that of a pretraining
+        harmless += [r"^head\."]
     strange = [name for name in left if not _matches(name, harmless)]
     refuse(strange, f"{path}: {_few(strange)}: no place for it in {kind}; another kind of model?")
-    anew = [] if exact else ["^head\\.", *norms]
     absent = [name for name in missing if not _matches(name, anew)]
     why = next((f" ({reason})" for name, reason in weight_names.ABSENT.items() if name in absent), "")
     refuse(absent, f"{path}: lacks {_few(absent)}{why}; another --model_type, --norm_type or kind of model?")
@@ -356,8 +362,10 @@ def load_weights(
     """
     file = source if isinstance(source, WeightFile) else read_weights(source)
     path, target, report = file.path, dict(model.state_dict()), LoadReport(notes=[*file.notes])
-    state = _fold_layer_scale(file.state, target, report.notes)
-    bare = file.origin == "Google" or report.notes != file.notes  # big_vision, DeiT-III: no position of the class token
+    state = _fold_layer_scale(file.state, target)
+    folded = len(state) < len(file.state)
+    report.notes += ["LayerScale folded into attn.proj and mlp.fc2"] * folded
+    bare = file.origin == "Google" or folded  # big_vision, DeiT-III: no position of the class token
     _check_model(file, state, target, model)
     _complete(state, target, report.notes)
     heads = [name for name in target if name.startswith("head.")]
