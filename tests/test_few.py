@@ -258,6 +258,15 @@ def test_pictures_of_other_data_lie_beside(photos, tmp_path):
     assert len({first, other, split}) == 3 and other.endswith("_imagefolder_others_confusion.png")
 
 
+def test_other_data_may_be_split_already(photos, tmp_path):
+    write_folder(tmp_path, splits=["train", "val", "test"], per_class=5)
+    shutil.rmtree(tmp_path / "val" / "cat")
+    for split, seen in dict(train=10, val=5, test=10).items():  # the run held out a quarter for validation
+        words = ["--data_dir", tmp_path, "--split", split, "--json"]
+        done = in_process("eval.py", file_of(photos, "run", "_checkpoint.bin"), *words)
+        assert json.loads(done.stdout or "{}").get("seen") == seen, done.stderr
+
+
 def test_predictions_of_a_folder(photos, tmp_path):
     path = file_of(photos, "run", "_checkpoint.bin")
     shutil.copytree(photos / "photos", tmp_path / "new", ignore=shutil.ignore_patterns("*.npz"))
