@@ -235,12 +235,13 @@ def main(args: Namespace) -> int:
     run = load_run(args.checkpoint, choose_device(args.device, args.gpu_id))
     given = "dataset data_dir emnist_split eval_batch_size num_workers memory_limit skip_broken cache_dir no_cache"
     changed = {name: getattr(args, name) for name in given.split() if getattr(args, name) is not None}
-    trained_on = [run.args.dataset, run.args.data_dir, run.args.emnist_split]
+    told = "dataset data_dir emnist_split labels".split()
+    trained_on = [getattr(run.args, name, None) for name in told]
     run.args = Namespace(**{**vars(run.args), "memory_limit": memory_limit(run.device), **changed})
     folder = Path(args.output_dir or Path(args.checkpoint).parent)
     run.args.output_dir = str(folder)  # where the cache goes if it cannot be beside the data
     run.args.labels = args.labels or (None if args.data_dir else getattr(run.args, "labels", None))
-    if [run.args.dataset, run.args.data_dir, run.args.emnist_split] != trained_on:  # its pictures beside the first ones
+    if [getattr(run.args, name, None) for name in told] != trained_on:  # its pictures beside the first ones
         run.name += f"_{run.args.dataset}_{Path(run.args.data_dir).resolve().name}"
     if args.split != "test":
         run.name += f"_{args.split}"

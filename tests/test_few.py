@@ -255,7 +255,10 @@ def test_pictures_of_other_data_lie_beside(photos, tmp_path):
     shutil.copytree(photos / "photos", tmp_path / "others")
     other = json.loads(in_process("eval.py", path, "--data_dir", tmp_path / "others", "--json").stdout)["confusion_png"]
     split = json.loads(in_process("eval.py", path, "--split", "val", "--json").stdout)["confusion_png"]
-    assert len({first, other, split}) == 3 and other.endswith("_imagefolder_others_confusion.png")
+    table = tmp_path / "labels.csv"  # of the run's own photos
+    table.write_text("file,label,split\n" + "".join(f"{name}/000.png,{name},test\n" for name in ("cat", "dog")))
+    labels = json.loads(in_process("eval.py", path, "--labels", table, "--json").stdout)["confusion_png"]
+    assert len({first, other, split, labels}) == 4 and other.endswith("_imagefolder_others_confusion.png")
 
 
 def test_other_data_may_be_split_already(photos, tmp_path):
