@@ -183,6 +183,7 @@ def test_dry_run_says_what_would_be_done(reference, unfinished):
     assert plan(reference) == f"12 steps; finished: best accuracy {best:f}, last {last:f}"
     assert "would be refused, as the run exists with num_steps 12 -> 24" in plan(reference, "--num_steps", 24)
     assert plan(reference, "--overwrite", "--lr", 1).startswith("12 steps; about ")
+    assert plan(reference, "-v").startswith("evaluates ") and str(reference) in plan(reference, "-v")
     assert "no run to extend, or a longer one" in plan(reference, "--extend", "--num_steps", 6)
     assert "no run to extend, or a longer one" in plan(new, "--extend")
     # a finished run of equal cost tells the time: 100 times as many steps
