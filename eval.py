@@ -19,7 +19,7 @@ from utils import cli, options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.eval_parser().parse_args(None, options.check_eval)
-    cli.say("Loading PyTorch ...")
+    cli.say_loading()
 
 import csv
 import json

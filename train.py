@@ -15,7 +15,7 @@ from utils import cli, options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.parse_train_args()
-    cli.say("Loading PyTorch ...")
+    cli.say_loading()
 
 import contextlib
 import os
