@@ -56,7 +56,7 @@ def train_parser() -> Parser:
     g.add_argument("--extend", action="store_true", help="go on with a finished run, its optimizer included, up to more --epochs or --num_steps than it had; the learning rate goes on as in a run of that length")
     g.add_argument("--dry_run", action="store_true", help="check the flags and say what they would do: steps, whether the run is new, unfinished or finished, and how long it would take by finished runs of equal cost")
     g.add_argument("--cells", default=HIDDEN, metavar="FILE", help="with --dry_run: do that for every line of flags in FILE, each in front of the other flags")
-    g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=cli.boolean, metavar="true", help="only evaluate --load_model_dir, or this run's best checkpoint, on the test set; writes nothing")
+    g.add_argument("-v", "--validate", nargs="?", const=True, default=False, type=cli.boolean, metavar="true", help="only evaluate --load_model_dir, or this run's best checkpoint, on the test set; writes nothing but the cache of image files")
     g.add_argument("--seed", type=cli.count, default=None, help="every random choice is a function of (seed, step) [42; with -v, that of the checkpoint]")
     g.add_argument("--local_rank", type=int, default=-1, help=HIDDEN)  # of old launchers
     _add_device_flags(g)
@@ -67,7 +67,7 @@ def train_parser() -> Parser:
     g.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder without class folders: columns file,label and perhaps split (train, val, test)")
     g.add_argument("--test_fraction", type=cli.bounded(float, 0, 0.9, open_low=True), default=None, help="part of each class of an image folder without test images that is held out for testing [0.2 where there is no val/ either; with -v, that of the checkpoint]")
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
-    g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on the test set, as the reference projects do")
+    g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on val/ where an image folder has that and test images, else on the test set, as the reference projects do")
     g.add_argument("--img_size", type=cli.positive_int, default=None, help="side in pixels that images are resized to [224, or that of --load_model_dir]")
     g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the weights that are loaded, where they are known, else half: to -1..1]")
     g.add_argument("--mean", type=cli.real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
