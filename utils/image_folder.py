@@ -205,7 +205,8 @@ def hold_out(names: list[str], labels: list[int], fraction: float, seed: int) ->
     The seed and an image's name decide which ones, whatever the machine; another image in the folder changes one side
     at most.
     """
-    keys = [(label, sha256(f"{seed}\0{name}".encode()).digest()) for name, label in zip(names, labels, strict=True)]
+    digests = [sha256(f"{seed}\0{name}".encode(errors="surrogateescape")).digest() for name in names]
+    keys = list(zip(labels, digests, strict=True))
     held = []
     for _, group in groupby(sorted(range(len(keys)), key=keys.__getitem__), key=labels.__getitem__):
         places = list(group)
