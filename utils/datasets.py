@@ -244,7 +244,7 @@ def load_data(
     training, valid, test = (sets.get(name) for name in ("train", "val", "test"))
     if test_fraction and training is not None and test is None:
         training, test = training.hold_out(test_fraction, seed, root)
-        refuse(not len(test), f"{root}: too few images a class to test on {test_fraction} of them; see --test_fraction")
+        refuse(not len(test), f"{root}: too few images a class to test on {test_fraction} of them; put some into test/")
     if test is None:
         test, valid = valid, None
     if training is not None and val_fraction and valid is None:

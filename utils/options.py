@@ -165,7 +165,7 @@ def eval_parser() -> Parser:
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--output_dir", default=None, help="for predictions.csv, the confusion matrix and pictures [the checkpoint's folder]")
     p.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, help="whose test images are scored [that of the checkpoint]")
-    p.add_argument("--data_dir", default=None, help="where it is looked for [that of the checkpoint]")
+    p.add_argument("--data_dir", default=None, help="where it is looked for; a folder's test/CLASS/ is scored whole, of CLASS/ alone the part that a run would test on [that of the checkpoint]")
     p.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder, as for train.py [that of the checkpoint, where --data_dir is, too]")
     p.add_argument("--emnist_split", choices=EMNIST_SPLITS, default=None, help="[that of the checkpoint]")
     p.add_argument("--eval_batch_size", type=cli.positive_int, default=None, help="images per forward pass [that of the checkpoint]")
