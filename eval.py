@@ -43,7 +43,7 @@ from utils.cli import UserError, refuse, refusing
 from utils.datasets import ImageSet, data_words, load_data
 from utils.device import autocast, choose_device, keep_memory, memory_limit, usable_precision
 from utils.export import export
-from utils.image_folder import files_in, suffix_of, suffixes
+from utils.image_folder import Skipped, files_in
 from utils.image_sources import as_rgb, read_image
 
 Images = str | Path | Image.Image | torch.Tensor | Sequence[str | Path | Image.Image | torch.Tensor]
@@ -205,9 +205,12 @@ def score(run: Classifier, args: Namespace, folder: Path) -> None:
 
 def predict_folder(run: Classifier, folders: list[str], args: Namespace, out: Path) -> None:
     """Classify all images in folders, and write predictions.csv: file, class, probability, runner-up."""
-    files = [file for folder in folders for file in (files_in(folder) if Path(folder).is_dir() else [folder])]
-    files = [file for file in files if suffix_of(file) in suffixes() or file in folders]
-    refuse(not files, f"{folders[0]}: no images in it")
+    skipped = Skipped()
+    inside = (skipped.images(files_in(each)) if os.path.isdir(each) else [each] for each in folders)
+    files = [file for found in inside for file in found]
+    refuse(not files, f"{folders[0]}: no images in it" + f" (it holds {skipped})" * bool(skipped))
+    if skipped:
+        print(skipped.note, file=sys.stderr)
     unreadable, rows, path = [], [], out / "predictions.csv"
     for start in tqdm(range(0, len(files), 32), desc="classifying", unit=" x 32", disable=None, leave=False):
         inputs, readable = [], []

@@ -279,6 +279,7 @@ def test_predictions_of_a_folder(photos, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"left out: {tmp_path}/new/cat/broken.png: not a readable image" in done.stdout
     assert f"{tmp_path}/predictions.csv: 20 images" in done.stdout
+    assert done.stderr == "Not read, as no image for this Pillow: 1 .txt\n"
     with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 20 and list(rows[0]) == ["file", "class", "probability", "runner-up"]

@@ -102,6 +102,10 @@ class Skipped(Counter):
     def __str__(self) -> str:
         return ", ".join(f"{n} {kind}" for kind, n in self.most_common())
 
+    @property
+    def note(self) -> str:
+        return f"Not read, as no image for this Pillow: {self}"
+
 
 def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str, list[str]], Skipped]:
     """Images of each class, by its name, of folder/CLASS/**/*.jpg and so on. UserError: none, or an empty class."""
@@ -162,7 +166,7 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
         paths = [path for images in found.values() for path in images]
         sets[split] = paths, [classes.index(name) for name, images in found.items() for _ in images]
     if skipped:
-        notes.append(f"Not read, as no image for this Pillow: {skipped}")
+        notes.append(skipped.note)
     if unused:
         notes.append(f"Not used: {', '.join(unused)}")
     return sets, classes, notes
