@@ -204,6 +204,14 @@ def test_dry_run_says_what_would_be_done(reference, unfinished):
     assert "Resuming" in run("train.py", *RUN, *places(unfinished)).stdout
 
 
+def test_dry_run_of_several_processes_is_said_once(reference, monkeypatch):
+    for name, value in dict(WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert run("train.py", *RUN, *places(reference), "--dry_run").stdout.count("\n") == lines
+
+
 def test_dry_run_says_what_is_wrong(reference):
     before = content(reference)
     for flag, value, reason in (("--dim", 33, "not divisible by heads 2"), ("--lr", -1, "-1 is not above 0")):
