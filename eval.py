@@ -19,7 +19,7 @@ from utils import cli, options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.eval_parser().parse_args(None, options.check_eval)
-    cli.say("Loading PyTorch ...")
+    cli.say_loading()
 
 import csv
 import json
@@ -43,7 +43,7 @@ from utils.cli import UserError, refuse, refusing
 from utils.datasets import ImageSet, data_words, load_data
 from utils.device import autocast, choose_device, keep_memory, memory_limit, usable_precision
 from utils.export import export
-from utils.image_folder import files_in, is_image
+from utils.image_folder import files_in, is_image, listed, not_read, other_files
 from utils.image_sources import as_rgb, read_image
 
 Images = str | Path | Image.Image | torch.Tensor | Sequence[str | Path | Image.Image | torch.Tensor]
@@ -205,9 +205,12 @@ def score(run: Classifier, args: Namespace, folder: Path) -> None:
 
 def predict_folder(run: Classifier, folders: list[str], args: Namespace, out: Path) -> None:
     """Classify all images in folders, and write predictions.csv: file, class, probability, runner-up."""
-    files = [file for folder in folders for file in (files_in(folder) if Path(folder).is_dir() else [folder])]
-    files = [file for file in files if is_image(file) or file in folders]
-    refuse(not files, f"{folders[0]}: no images in it")
+    found = [file for folder in folders for file in (files_in(folder) if os.path.isdir(folder) else [folder])]
+    files = [file for file in found if is_image(file) or file in folders]
+    others = other_files(file for file in found if file not in folders)
+    refuse(not files, f"{folders[0]}: no images in it" + f" (it holds {listed(others)})" * bool(others))
+    if others:
+        print(not_read(others), file=sys.stderr)
     unreadable, rows, path = [], [], out / "predictions.csv"
     for start in tqdm(range(0, len(files), 32), desc="classifying", unit=" x 32", disable=None, leave=False):
         inputs, readable = [], []
@@ -235,12 +238,13 @@ def main(args: Namespace) -> int:
     run = load_run(args.checkpoint, choose_device(args.device, args.gpu_id))
     given = "dataset data_dir emnist_split eval_batch_size num_workers memory_limit skip_broken cache_dir no_cache"
     changed = {name: getattr(args, name) for name in given.split() if getattr(args, name) is not None}
-    trained_on = [run.args.dataset, run.args.data_dir, run.args.emnist_split]
+    told = "dataset data_dir emnist_split labels".split()
+    trained_on = [getattr(run.args, name, None) for name in told]
     run.args = Namespace(**{**vars(run.args), "memory_limit": memory_limit(run.device), **changed})
     folder = Path(args.output_dir or Path(args.checkpoint).parent)
     run.args.output_dir = str(folder)  # where the cache goes if it cannot be beside the data
     run.args.labels = args.labels or (None if args.data_dir else getattr(run.args, "labels", None))
-    if [run.args.dataset, run.args.data_dir, run.args.emnist_split] != trained_on:  # its pictures beside the first ones
+    if [getattr(run.args, name, None) for name in told] != trained_on:  # its pictures beside the first ones
         run.name += f"_{run.args.dataset}_{Path(run.args.data_dir).resolve().name}"
     if args.split != "test":
         run.name += f"_{args.split}"

@@ -133,8 +133,11 @@ def main(args: Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.md").write_text(text, encoding="utf-8")
         (folder / "results.csv").write_text(results.csv_text(found), encoding="utf-8")
+        named = []
         for (dataset, chosen_on), rows in found.items():
             name = re.sub(r"[^\w.-]+", "_", dataset)[-70:] + ("" if chosen_on == "test" else f"_{chosen_on}")
+            named.append(name)
+            name += f"_{named.count(name)}" * (named.count(name) > 1)  # of folders whose names differ elsewhere
             draw_comparison(dataset, chosen_on, rows).savefig(folder / f"comparison_{name}.png", dpi=150)
         drawn = [run for run in runs if run.steps]
         for run in drawn:

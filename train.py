@@ -15,7 +15,7 @@ from utils import cli, options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     ARGS = options.parse_train_args()
-    cli.say("Loading PyTorch ...")
+    cli.say_loading()
 
 import contextlib
 import os
@@ -457,7 +457,8 @@ def main(args: Namespace) -> int:
         cells = getattr(args, "cells", [("", args)])
         for _, cell in cells:
             resolve(cell)
-        results.print_plans(cells)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one
+            results.print_plans(cells)
         return 0
     processes, data, source = prepare(args)
     if args.validate:

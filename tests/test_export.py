@@ -107,6 +107,11 @@ def test_nothing_is_left_of_what_differs(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="its logits differ by"):
         export(model, tmp_path / "m.pt2", {})
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(module, "_write", write)
+    (tmp_path / "m.json").mkdir()  # where the facts can't be written
+    with pytest.raises(UserError, match="m.pt2: not exported"):
+        export(model, tmp_path / "m.pt2", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
 
     def absent(*args):
         raise ModuleNotFoundError("No module named 'onnx'", name="onnx")

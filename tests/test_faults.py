@@ -226,6 +226,13 @@ def test_signal_to_the_whole_group_leaves_streaming_workers_alone(start, tmp_pat
     assert "Stopped by SIGTERM after step" in (tmp_path / "output" / f"{ID}.txt").read_text()
 
 
+@pytest.mark.parametrize("words", ["train.py", "eval.py x.bin"])
+def test_interrupt_while_pytorch_is_loaded(tmp_path, words):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    done = call(*words.split(), check=-signal.SIGINT, env={"PYTHONPATH": str(tmp_path)})
+    assert done.stderr == "Stopped by Ctrl-C\n"
+
+
 def test_second_interrupt_leaves_at_once(start, tmp_path):
     process = start(*RUN, *places(tmp_path), pause=30)
     wait_for(lambda: list((tmp_path / "output").glob(".*.tmp")), process)

@@ -255,7 +255,19 @@ def test_pictures_of_other_data_lie_beside(photos, tmp_path):
     shutil.copytree(photos / "photos", tmp_path / "others")
     other = json.loads(in_process("eval.py", path, "--data_dir", tmp_path / "others", "--json").stdout)["confusion_png"]
     split = json.loads(in_process("eval.py", path, "--split", "val", "--json").stdout)["confusion_png"]
-    assert len({first, other, split}) == 3 and other.endswith("_imagefolder_others_confusion.png")
+    table = tmp_path / "labels.csv"  # of the run's own photos
+    table.write_text("file,label,split\n" + "".join(f"{name}/000.png,{name},test\n" for name in ("cat", "dog")))
+    labels = json.loads(in_process("eval.py", path, "--labels", table, "--json").stdout)["confusion_png"]
+    assert len({first, other, split, labels}) == 4 and other.endswith("_imagefolder_others_confusion.png")
+
+
+def test_other_data_may_be_split_already(photos, tmp_path):
+    write_folder(tmp_path, splits=["train", "val", "test"], per_class=5)
+    shutil.rmtree(tmp_path / "val" / "cat")
+    for split, seen in dict(train=10, val=5, test=10).items():  # the run held out a quarter for validation
+        words = ["--data_dir", tmp_path, "--split", split, "--json"]
+        done = in_process("eval.py", file_of(photos, "run", "_checkpoint.bin"), *words)
+        assert json.loads(done.stdout or "{}").get("seen") == seen, done.stderr
 
 
 def test_predictions_of_a_folder(photos, tmp_path):
@@ -267,6 +279,7 @@ def test_predictions_of_a_folder(photos, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"left out: {tmp_path}/new/cat/broken.png: not a readable image" in done.stdout
     assert f"{tmp_path}/predictions.csv: 20 images" in done.stdout
+    assert done.stderr == "Not read, as no image for this Pillow: 1 .txt\n"
     with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 20 and list(rows[0]) == ["file", "class", "probability", "runner-up"]

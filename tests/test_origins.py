@@ -380,7 +380,7 @@ def test_variants_of_timms_vit(words, expected, tmp_path):
 
 
 def test_what_only_flags_beside_the_weights_tell(tmp_path):
-    """Pooling and heads leave no trace in the tensors."""
+    """Pooling, heads and the activation leave no trace in the tensors."""
     _, path = saved(None, tmp_path, dict(state_dict=timm_vit().state_dict(), args=argparse.Namespace(gp="avg")))
     assert "pooled by 'avg'" in message(ours(), path)
     _, path = saved(None, tmp_path, dict(state_dict=timm_vit().state_dict(), arch="vit_small_patch16_rope_ape_224"))
@@ -391,8 +391,16 @@ def test_what_only_flags_beside_the_weights_tell(tmp_path):
     write_google_npz(tmp_path / "w.npz", **SIZES, patch=7, grid=4, classes=CLASSES)
     assert "has 2 attention heads, the model 4" in message(ours(heads=4), tmp_path / "w.npz")
     _, path = saved(timm_vit(), tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
-    assert "has 4 attention heads, the model 2" in message(ours(), path)
+    heads = "has 4 attention heads, the model 2"
+    for facts, expected in (
+        ({"num_attention_heads": 4}, heads),
+        ({"model_args": {"num_heads": 4}}, heads),
+        ({"global_pool": "avg"}, "config.json: pooled by 'avg'"),
+        ({"hidden_act": "relu"}, "config.json: activation 'relu'"),
+        ({"model_args": {"act_layer": "quick_gelu"}}, "config.json: activation 'quick_gelu'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(facts))
+        assert expected in message(ours(), path)
 
 
 def test_refused_projects(tmp_path):

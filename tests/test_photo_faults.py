@@ -185,6 +185,7 @@ def test_renamed_and_added_classes_on_resume(begun, photos):
     (photos / "cat").rename(photos / "zebra")
     said = begun()
     assert "exists with other images: class cat is gone, class zebra is new;" in said and "--overwrite" in said
+    assert "another --name, with --pretrained_dir " in said  # --load_model_dir wants the same classes
     (photos / "zebra").rename(photos / "cat")
     assert "is finished" in begun()
     shutil.copytree(photos / "cat", photos / "ant")

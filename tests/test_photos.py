@@ -66,6 +66,7 @@ def test_the_split_is_the_same_on_every_machine():
     files = [f"cat/{i}.jpg" for i in range(10)]
     assert hold_out(files, [0] * 10, 0.3, 42)[1] == [0, 1, 3]
     assert hold_out(files[::-1], [0] * 10, 0.3, 42)[1] == [6, 8, 9]
+    assert len(hold_out(["cat/\udcff.jpg", "cat/1.jpg"], [0, 0], 0.5, 42)[1]) == 1  # a name that is no UTF-8
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.floats(0, 0.99), st.integers(0, 5))

@@ -127,6 +127,13 @@ def write_run(folder: Path, scores, seed=42, norm="LN", steps=4, ended=True, cho
     return path
 
 
+def test_each_table_has_its_picture(tmp_path):
+    for i, folder in enumerate(["my photos", "my_photos", "my/photos"]):
+        write_run(tmp_path, [0.5], name=f"r{i}", dataset="imagefolder", data_dir=folder)
+    assert "3 comparison_*.png" in call("plot.py", tmp_path).stdout
+    assert len(list(tmp_path.glob("comparison_*.png"))) == 3
+
+
 def test_mean_and_spread_over_seeds(tmp_path):
     seeds = {1: [0.1, 0.3, 0.5, 0.4], 2: [0.2, 0.4, 0.6, 0.6], 3: [0.1, 0.3, 0.7, 0.65]}
     for seed, scores in seeds.items():

@@ -183,6 +183,7 @@ def test_dry_run_says_what_would_be_done(reference, unfinished):
     assert plan(reference) == f"12 steps; finished: best accuracy {best:f}, last {last:f}"
     assert "would be refused, as the run exists with num_steps 12 -> 24" in plan(reference, "--num_steps", 24)
     assert plan(reference, "--overwrite", "--lr", 1).startswith("12 steps; about ")
+    assert plan(reference, "-v").startswith("evaluates ") and str(reference) in plan(reference, "-v")
     assert "no run to extend, or a longer one" in plan(reference, "--extend", "--num_steps", 6)
     assert "no run to extend, or a longer one" in plan(new, "--extend")
     # a finished run of equal cost tells the time: 100 times as many steps
@@ -201,6 +202,14 @@ def test_dry_run_says_what_would_be_done(reference, unfinished):
     out = plan(unfinished)
     assert f"goes on after step 8 of 12; about {minutes / 3:.1f} min, as {ID.replace('run', 'other', 1)} took " in out
     assert "Resuming" in run("train.py", *RUN, *places(unfinished)).stdout
+
+
+def test_dry_run_of_several_processes_is_said_once(reference, monkeypatch):
+    for name, value in dict(WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert run("train.py", *RUN, *places(reference), "--dry_run").stdout.count("\n") == lines
 
 
 def test_dry_run_says_what_is_wrong(reference):

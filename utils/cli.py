@@ -232,6 +232,19 @@ def say(text: str) -> None:
         print(one_line(text), file=sys.stderr, flush=True)
 
 
+def say_loading() -> None:
+    """Say that PyTorch is loaded, which takes seconds; Ctrl-C in them is a line, as in `run_main`."""
+
+    def shown(kind: type, error: BaseException, traceback) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("Stopped by Ctrl-C", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = shown
+    say("Loading PyTorch ...")
+
+
 def run_main(main: Callable, args, explain: Callable = lambda error: None, at_end: Callable = lambda: None) -> None:
     """Call `main(args)` and leave with the status it returns; a UserError becomes one line and status 2.
 

@@ -196,7 +196,8 @@ def load_data(
     Args:
         data_dir: where it is looked for and downloaded to; for imagefolder see `utils.image_folder`.
         train: False leaves the training images out.
-        classes: of a checkpoint, which the labels are to count in; those of the images must be among them.
+        classes: of a checkpoint, which the labels are to count in; those of the images must be among them. Where there
+            are images to test or validate on, a run's fractions then hold out no others.
         val_fraction: part of the training images to hold out as `valid`, drawn from `seed`; of image files, of each
             class.
         test_fraction: the same for `test`, of image files without a test folder; None: 0.2 where there is no folder
@@ -213,7 +214,7 @@ def load_data(
     root = Path(data_dir)
     splits, found, notes = _read(dataset, root, split=emnist_split, labels=labels)
     refuse(train and "train" not in splits, f"--data_dir {root}: has no train/; it holds {', '.join(splits)}/")
-    if train:
+    if train and classes is None:  # of a run; another one may score data that is split already
         refuse(test_fraction and "test" in splits, f"--test_fraction {test_fraction}: {root} has test images already")
         both = val_fraction and splits.keys() >= {"val", "test"}
         refuse(both, f"--val_fraction {val_fraction}: {root} has validation images already")
@@ -238,10 +239,10 @@ def load_data(
     training, valid, test = (sets.get(name) for name in ("train", "val", "test"))
     if test_fraction and training is not None and test is None:
         training, test = training.hold_out(test_fraction, seed, root)
-        refuse(not len(test), f"{root}: too few images a class to test on {test_fraction} of them; see --test_fraction")
+        refuse(not len(test), f"{root}: too few images a class to test on {test_fraction} of them; put some into test/")
     if test is None:
         test, valid = valid, None
-    if training is not None and val_fraction:
+    if training is not None and val_fraction and valid is None:
         training, valid = training.hold_out(val_fraction, seed, root)
         refuse(not len(training), f"--val_fraction {val_fraction} leaves no training images")
         refuse(not len(valid), f"--val_fraction {val_fraction} holds out no image; each class has too few")

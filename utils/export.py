@@ -58,9 +58,9 @@ def export(model: nn.Module, path: str | os.PathLike, facts: dict, atol: float =
             expected = model(x)
             error = (written(x) - expected).abs().max() / expected.abs().max()
             refuse(not error < atol, f"{path}: its logits differ by {error:.1e} of the model's, so it is not kept")
+            beside = path.with_suffix(".json")
+            beside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    beside = path.with_suffix(".json")
-    beside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return beside

@@ -85,9 +85,18 @@ def check_known(where: Path | str, found: Iterable[str], classes: list[str]) -> 
         refuse(name not in classes, f"{where}: class {name!r} is not among {known}")
 
 
-def _listed(kinds: Counter) -> str:
+def other_files(files: Iterable[str]) -> Counter:
+    """Files that are no images for this Pillow, counted by suffix."""
+    return Counter(suffix_of(file) or "without suffix" for file in files if not is_image(file))
+
+
+def listed(kinds: Counter) -> str:
     """'3 .txt, 1 .pdf', the most frequent first."""
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+
+
+def not_read(kinds: Counter) -> str:
+    return f"Not read, as no image for this Pillow: {listed(kinds)}"
 
 
 def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str, list[str]], Counter]:
@@ -102,9 +111,9 @@ def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str
             refuse(not name.isprintable(), f"{entry.path}: the name of a class must be printable text; rename it")
             files = list(files_in(entry.path))
             found.setdefault(name, []).extend(filter(is_image, files))
-            others = Counter(suffix_of(file) or "without suffix" for file in files if not is_image(file))
+            others = other_files(files)
             skipped.update(others)
-            held = f"it holds {_listed(others)}" if others else "it is empty"
+            held = f"it holds {listed(others)}" if others else "it is empty"
             refuse(not found[name], f"{entry.path}: no images in it ({held}); add some, or remove the folder")
     refuse(not found, f"{folder}: no class folders in it; images belong into {folder}/CLASS/")
     return dict(sorted(found.items())), skipped
@@ -153,7 +162,7 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
         paths = [path for images in found.values() for path in images]
         sets[split] = paths, [classes.index(name) for name, images in found.items() for _ in images]
     if skipped:
-        notes.append(f"Not read, as no image for this Pillow: {_listed(skipped)}")
+        notes.append(not_read(skipped))
     if unused:
         notes.append(f"Not used: {', '.join(unused)}")
     return sets, classes, notes
@@ -196,7 +205,8 @@ def hold_out(names: list[str], labels: list[int], fraction: float, seed: int) ->
     The seed and an image's name decide which ones, whatever the machine; another image in the folder changes one side
     at most.
     """
-    keys = [(label, sha256(f"{seed}\0{name}".encode()).digest()) for name, label in zip(names, labels, strict=True)]
+    digests = [sha256(f"{seed}\0{name}".encode(errors="surrogateescape")).digest() for name in names]
+    keys = list(zip(labels, digests, strict=True))
     held = []
     for _, group in groupby(sorted(range(len(keys)), key=keys.__getitem__), key=labels.__getitem__):
         places = list(group)

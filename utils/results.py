@@ -368,6 +368,8 @@ def plan(args: Namespace) -> tuple[str, float | None]:
 
     The time is that of a finished run of equal cost, in the same folder.
     """
+    if args.validate:
+        return f"evaluates {args.load_model_dir} alone", 0.0
     files, now = RunFiles.of(args), settings(args)
     unit, state = "num_steps" if args.num_steps else "epochs", "new" if args.overwrite else files.state
     steps = f"{args.num_steps} steps" if args.num_steps else f"{args.epochs:g} epochs"

@@ -136,7 +136,7 @@ class RunFiles:
     def check_same(self, now: dict, classes: list[str], files: dict[str, dict], extend: bool) -> None:
         """UserError where the run on disk has other settings or images, or isn't there to be extended."""
         if changed := self.other_data(classes, files):
-            way_out = "bring them back, or start anew: another --name, with --load_model_dir"
+            way_out = "bring them back, or start anew: another --name, with --pretrained_dir"
             text = f"{', '.join(changed)}; {way_out} {self.best} to keep what it learnt, or --overwrite"
             raise UserError(f"run {self.id} exists with other images: {text}")
         if extend:

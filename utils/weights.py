@@ -158,12 +158,17 @@ def _read_timm(file: WeightFile, held: dict) -> list[str]:
     """What a checkpoint of timm's train.py says of its model; names of it."""
     flags = vars(held["args"]) if isinstance(held.get("args"), argparse.Namespace) else {}
     words = flags.get("model_kwargs") or {}
-    pooling = flags.get("gp") or words.get("global_pool") or "token"
-    refuse(pooling != "token", f"{file.path}: pooled by {pooling!r}, which no model here does")
+    _check_told(file.path, flags.get("gp") or words.get("global_pool"), words.get("act_layer"))
     if flags.get("mean") and flags.get("std"):
         file.normalize = (list(flags["mean"]), list(flags["std"]))
     file.heads = words.get("num_heads")
     return [name for name in (held.get("arch"), flags.get("model")) if isinstance(name, str)]
+
+
+def _check_told(path: Path, pooling, activation) -> None:
+    """Refuse what a model is said to do, and tensors don't show."""
+    refuse(pooling and pooling != "token", f"{path}: pooled by {pooling!r}, which no model here does")
+    refuse(activation and activation != "gelu", f"{path}: activation {activation!r}, where models here have GELU")
 
 
 def _read_beside(file: WeightFile) -> list[str]:
@@ -174,12 +179,14 @@ def _read_beside(file: WeightFile) -> list[str]:
             facts = json.loads(path.read_text(encoding="utf-8"))
             facts |= facts.get("pretrained_cfg", {})
             pixels = [facts.get(f"image_{word}", facts.get(word)) for word in ("mean", "std")]
+            words = {"num_heads": facts.get("num_attention_heads"), **facts.get("model_args", {})}
         except (OSError, ValueError, TypeError, AttributeError):
             continue
+        _check_told(path, facts.get("global_pool"), words.get("act_layer", facts.get("hidden_act")))
         if all(isinstance(part, list) and len(part) == 3 for part in pixels):
             file.normalize = tuple(pixels)
-        if isinstance(facts.get("num_attention_heads"), int):
-            file.heads = facts["num_attention_heads"]
+        if isinstance(words["num_heads"], int):
+            file.heads = words["num_heads"]
         config, classes = facts.get("model"), facts.get("classes")
         if isinstance(config, dict) and "model_type" in config and isinstance(classes, list):  # by eval.py --export
             file.own, file.heads = dict(config=config, classes=classes, args=facts), config.get("heads")
