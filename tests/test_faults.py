@@ -173,6 +173,8 @@ def kill_at_random(start, folder: Path, kills: int, longest: float) -> None:
         size = log.stat().st_size if log.exists() else 0
         process = start(*RUN, *places(folder), pause=0.1)
         wait_for(lambda size=size: log.exists() and log.stat().st_size != size, process)
+        if number == kills - 1:  # also a busy machine has then saved something to go on from
+            wait_for((folder / "output" / LAST).exists, process)
         if number % 2:
             wait_for(saving, process)
         else:
