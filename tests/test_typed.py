@@ -121,6 +121,9 @@ def test_their_lines_keep_their_meaning(capsys, tmp_path):
         args = parse(*words.split())
         assert (args.fp16, args.bf16) == expected
     assert parse("@recipes/rescalevit_cifar10.args", "--bf16").bf16
+    pixels = "--mean 0 0 0 --std 1 1 1".split()
+    for words, mean in ((["--normalize", "half", *pixels], 0), ([*pixels, "--normalize", "half"], 0.5)):
+        assert parse(*words).mean == [mean] * 3
     assert parse("--data_location", "/data").dataset == "imagefolder"
     assert parse("--data_location", "/data", "--data_set", "CIFAR100").dataset == "cifar100"
     assert parse("--checkpoint_key", "model", "--name=-x").name == "-x"

@@ -159,6 +159,17 @@ def test_checkpoints_of_this_project(tmp_path):
         load_weights(model, path, exact=True)
 
 
+def test_merges_before_other_blocks(tmp_path):
+    """Tensors don't show where a DEMS merges; the run's settings do."""
+    words = SIZES | dict(depth=3, image_size=32, patch_size=4, num_classes=10, merge_num=(16, 8))
+    first, other = (create_model("DEMS-Ti", **words, merge_layer=layers) for layers in ((1, 2), (2, 3)))
+    path, config = tmp_path / "run.bin", dict(merge_layer=[1, 2])
+    torch.save(dict(model=first.state_dict(), args={}, classes=["a"], config=config), path)
+    assert len(load_weights(first, path).loaded) == len(first.state_dict())
+    with pytest.raises(UserError, match=r"merges tokens before blocks \[1, 2\], the model before \[2, 3\]"):
+        load_weights(other, path)
+
+
 # ---------------------------------------------------------------- refusals
 
 

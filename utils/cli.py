@@ -164,11 +164,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class Replaces(argparse.Action):
-    """Store a value and clear another flag's (`const`), of which the last given counts: --epochs and --num_steps."""
+    """Store a value and clear what says the same (`const`, names of flags): the last given counts, as of --epochs and
+    --num_steps.
+    """
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values)
-        setattr(namespace, self.const, None)
+        for other in self.const.split():
+            setattr(namespace, other, None)
 
 
 class Precision(argparse.Action):

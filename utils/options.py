@@ -69,9 +69,9 @@ def train_parser() -> Parser:
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
     g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on val/ where an image folder has that and test images, else on the test set, as the reference projects do")
     g.add_argument("--img_size", type=cli.positive_int, default=None, help="side in pixels that images are resized to [224, or that of --load_model_dir]")
-    g.add_argument("--normalize", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the weights that are loaded, where they are known, else half: to -1..1]")
-    g.add_argument("--mean", type=cli.real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
-    g.add_argument("--std", type=cli.positive, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
+    g.add_argument("--normalize", action=Replaces, const="mean std", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the weights that are loaded, where they are known, else half: to -1..1]")
+    g.add_argument("--mean", action=Replaces, const="normalize", type=cli.real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
+    g.add_argument("--std", action=Replaces, const="normalize", type=cli.positive, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
     g.add_argument("--eval_batch_size", type=cli.positive_int, default=256, help="images per forward pass in evaluation, per process")
 
     g = p.add_argument_group("augmentation")
@@ -221,7 +221,7 @@ def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
     args.interpolation = args.interpolation or preset.get("interpolation", "bilinear")
     args.operations, args.rotation = preset.get("operations"), preset.get("rotation", 0.0)
     args.aug_prob = preset.get("aug_prob", 0.0) if args.aug_prob is None else args.aug_prob
-    if args.normalize and args.mean is None:
+    if args.normalize:
         args.mean, args.std = map(list, NORMALIZE[args.normalize])
     return args
 
