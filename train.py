@@ -27,6 +27,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from os.path import realpath
 from pathlib import Path
 
 import torch
@@ -385,11 +386,22 @@ def share_of(images: ImageSet, args: Namespace, processes: Processes, augment: A
     )  # fmt: skip
 
 
+def check_apart(source: weights.WeightFile, args: Namespace, data: Data) -> None:
+    """Refuse to test on images that the weights were trained on, where the test images of a folder are drawn."""
+    its = source.own.get("args") or {}
+    if data.drawn and its.get("dataset") == args.dataset and realpath(its["data_dir"]) == realpath(args.data_dir):
+        flags = f"--seed {its['seed']} --test_fraction {its.get('test_fraction') or 0.2}"
+        apart = flags == f"--seed {args.seed} --test_fraction {data.drawn}"
+        what = f"{source.path}: trained on some of the images of {args.data_dir} that are drawn for testing now"
+        refuse(not apart, f"{what}; keep to its {flags}, or put images into test/")
+
+
 def load_source(model: nn.Module, source: weights.WeightFile | None, args: Namespace, data: Data) -> str:
     """Put the weights that --pretrained_dir or --load_model_dir names into a model; a line for the log."""
     if source is None:
         return "from scratch"
     same_classes = source.own.get("classes", data.classes) == data.classes
+    check_apart(source, args, data)
     exact = bool(args.load_model_dir)
     refuse(exact and not same_classes, f"{source.path} has other classes than {args.dataset}; try --pretrained_dir")
     report = weights.load_weights(model, source, same_classes, exact)

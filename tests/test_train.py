@@ -361,6 +361,12 @@ def test_images_held_out_in_the_run_are_scored(tmp_path):
     files = RunFiles(tmp_path / "output", tmp_path / "logs", f"{ID}_seed_1")
     out = run("train.py", *words, "-v", "--load_model_dir", files.best).stdout
     assert f"Valid Loss: {files.record('eval')['loss']:.5f}" in out and "/6)" in out
+    fine = ["train.py", "--name", "fine", *TINY, *words, "--num_steps", 1, "--train_batch_size", 4]
+    fine += ["--pretrained_dir", files.best]
+    for more in ((), ("--seed", 1), ("--seed", 2, "--test_fraction", 0.3)):  # other test images than the run's
+        error = run(*fine, *more, check=2).stderr
+        assert "drawn for testing now; keep to its --seed 1 --test_fraction 0.3" in error and error.count("\n") == 1
+    run(*fine, "--seed", 1, "--test_fraction", 0.3)
 
 
 def test_image_folder_from_training_to_evaluation(tmp_path):

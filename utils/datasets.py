@@ -86,6 +86,7 @@ class Data:
     selected_on: str  # 'val' or 'test'
     notes: list[str] = field(default_factory=list)  # lines for the log
     files: dict[str, dict] = field(default_factory=dict)  # `ImageSet.fingerprint` of train, val and test
+    drawn: float | None = None  # the part of the images that was drawn by the seed for `test`; None: they are so
 
     def to(self, device: torch.device) -> "Data":
         """Move the images that are in memory to the device, once."""
@@ -237,7 +238,8 @@ def load_data(
     refuse(empty, f"{root}: none of the {empty} images can be read")
 
     training, valid, test = (sets.get(name) for name in ("train", "val", "test"))
-    if test_fraction and training is not None and test is None:
+    drawn = test_fraction if training is not None and test is None else None
+    if drawn:
         training, test = training.hold_out(test_fraction, seed, root)
         refuse(not len(test), f"{root}: too few images a class to test on {test_fraction} of them; put some into test/")
     if test is None:
@@ -249,7 +251,8 @@ def load_data(
     parts = {name: part for name, part in (("train", training), ("val", valid), ("test", test)) if part}
     notes.insert(0, describe_classes(parts, found))
     files = {name: part.fingerprint(root, found) for name, part in parts.items()}
-    return Data(training if train else None, valid or test, test, found, "val" if valid else "test", notes, files)
+    selected_on = "val" if valid else "test"
+    return Data(training if train else None, valid or test, test, found, selected_on, notes, files, drawn)
 
 
 def _read(dataset: str, root: Path, **flags) -> tuple[dict, list[str], list[str]]:
