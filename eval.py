@@ -27,6 +27,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -124,11 +125,11 @@ class Classifier:
 
         Returns for each image the `top` names and probabilities, the most probable first. UserError: no readable image.
         """
-        answers = []
-        for x in self.inputs(images):
-            probability, label = self.probabilities(x)[0].topk(min(top, len(self.classes)))
-            names = [self.classes[i] for i in label.tolist()]
-            answers.append(list(zip(names, probability.tolist(), strict=True)))
+        inputs, answers, top = self.inputs(images), [], min(top, len(self.classes))
+        while batch := list(islice(inputs, 32)):
+            probability, label = self.probabilities(torch.cat(batch)).topk(top, dim=1)
+            for shares, places in zip(probability.tolist(), label.tolist(), strict=True):
+                answers.append([(self.classes[i], p) for i, p in zip(places, shares, strict=True)])
         return answers
 
     def facts(self) -> dict:
