@@ -23,9 +23,9 @@ RUN = [cell for cell in CELLS if results.find(*cell)]
 def test_every_kept_log_is_of_a_row():
     kept = {path for group in results.GROUPS for path in (results.KEPT / group).glob("*.jsonl")}
     assert kept == {results.find(*cell) for cell in RUN}
-    missing = [cell for cell in CELLS if cell not in RUN]
-    to_do = {"cifar10_ablation", "race", "equal_lr"}
-    assert {group for group, _, _ in missing} <= to_do, missing
+    seeds = {"cifar10_ablation": 2, "race": 1, "equal_lr": 0}  # of the others all three
+    missing = [cell for cell in CELLS if cell not in RUN and cell[2] <= seeds.get(cell[0], 3)]
+    assert not missing
 
 
 @pytest.mark.parametrize("group, row, seed", RUN)
