@@ -123,10 +123,6 @@ class Trainer:
         self.on_features = args.freeze and not self.mix and not frozen.is_random(self.augment)
         if self.on_features:
             self.notes.append("--freeze: features are computed once, as nothing about the images is random")
-            self.data = frozen.on_features(
-                self.model, data, self.augment, self.eval_augment, args, self.device, self.precision
-            )
-            self.augment = self.eval_augment = frozen.Features()
         self.parallel = dist_util.parallel(self.trained_part(self.model), processes)
         self.progress = Progress(torch.zeros((), device=self.device), torch.zeros((), device=self.device))
         self.bad_step = torch.tensor(-1, device=self.device)  # the first that was not finite
@@ -134,6 +130,13 @@ class Trainer:
         self.save_took = 0.0  # seconds, the last time
         self.files = RunFiles.of(args)
         self.log = RunLog(self.files, enabled=processes.main)
+
+    def use_features(self) -> None:
+        """Put what the head is given, by the weights that the run goes on with, in the place of images."""
+        self.data = frozen.on_features(
+            self.model, self.data, self.augment, self.eval_augment, self.args, self.device, self.precision
+        )
+        self.augment = self.eval_augment = frozen.Features()
 
     def trained_part(self, model: nn.Module) -> nn.Module:
         """What batches are given to: a model, or the head of a frozen one."""
@@ -490,6 +493,8 @@ def main(args: Namespace) -> int:
         if args.overwrite:
             dist_util.on_first(processes, files.delete)
         trainer.begin_or_resume()
+        if trainer.on_features:
+            trainer.use_features()
         try:
             with dist_util.Interrupt() as interrupt:
                 return trainer.train(interrupt)

@@ -79,6 +79,21 @@ def test_frozen_features_train_as_images_do(tmp_path, pretrained, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_frozen_features_are_those_of_the_weights_that_a_run_goes_on_with(tmp_path, pretrained):
+    """Whatever has become of the file that it started from."""
+    source = tmp_path / "pretrained.bin"
+    shutil.copy(pretrained, source)
+    words = ["--name", "run", *TINY, "--pretrained_dir", source, "--freeze", "--aug", "none", *places(tmp_path)]
+    run(*words, "--num_steps", 2)
+    state = checkpoint.read_file(source)
+    state["model"] = {name: torch.randn_like(value) for name, value in state["model"].items()}
+    torch.save(state, source)
+    run(*words, "--num_steps", 4, "--extend")
+    end = records(file_of(tmp_path, "run", ".jsonl", "T"))[-1]
+    scored = json.loads(in_process("eval.py", file_of(tmp_path, "run", "_last.bin", "T"), "--json").stdout)
+    assert scored["accuracy"] == pytest.approx(end["last_accuracy"], abs=0.001)
+
+
 def test_frozen_features_are_not_compiled(tmp_path, pretrained, monkeypatch):
     """Each batch would take a compilation of its own, for one pass."""
     monkeypatch.setattr(torch, "compile", lambda function: lambda *args: pytest.fail("is compiled"))
@@ -98,6 +113,8 @@ def test_a_frozen_epoch_is_20_times_faster(tmp_path):
         run(*words, "--num_steps", 1) if name == "full" else None
         args = options.parse_train_args([*map(str, words), *more])
         trainer = train.Trainer(args, *train.prepare(args))
+        if trainer.on_features:
+            trainer.use_features()
         batches = trainer.batches()
         trainer.model.train()
         trainer.update(batches)  # the first makes tables
