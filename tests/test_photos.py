@@ -256,6 +256,19 @@ def test_all_broken_images_are_named_at_once_or_skipped(tmp_path, memory_limit, 
         load_data("imagefolder", tmp_path, memory_limit=memory_limit, skip_broken=True, cache_dirs=cache_dirs)
 
 
+@pytest.mark.parametrize("memory_limit", [1.0, 0.0])
+def test_what_was_broken_is_tried_again(tmp_path, memory_limit, monkeypatch):
+    """Neither the right to read a file nor a network drive's fault shows in its size and date."""
+    write_classes(tmp_path / "train", cat=3, dog=3)
+    write_classes(tmp_path / "test", cat=2, dog=2)
+    words, whole = dict(memory_limit=memory_limit, skip_broken=True), Image.open
+    with monkeypatch.context() as fault:
+        fault.setattr(Image, "open", lambda path: whole(f"{path}/none" if path.endswith("train/dog/1.png") else path))
+        assert all(len(load_data("imagefolder", tmp_path, **words).train) == 5 for _ in range(2))
+    data = load_data("imagefolder", tmp_path, **words)
+    assert len(data.train) == 6 and "Left out" not in "".join(data.notes)
+
+
 @pytest.mark.parametrize("mode, kind", [("I", "tif"), ("F", "tif"), ("I", "im")])
 def test_pixels_of_32_bits_are_refused(tmp_path, mode, kind):
     values = np.arange(400, dtype=np.int32 if mode == "I" else np.float32).reshape(20, 20)

@@ -190,6 +190,9 @@ def load_files(
     """
     cache = Cache(places, _fingerprint(paths, root, short_side))
     known = cache.read("sizes", "broken")
+    was = [place for place, _ in json.loads(str(known[1]))] if known else []
+    if len(_map_with_bar(lambda i: read_image(paths[i], short_side), paths, was, "checking")[1]) < len(was):
+        known = None  # one was mended, as by chmod, which leaves size and date as they are
     if known:
         native, broken = torch.from_numpy(known[0]).long(), dict(json.loads(str(known[1])))
     else:
