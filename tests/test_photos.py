@@ -170,6 +170,8 @@ def test_labels_from_a_table(tmp_path, text):
         ("file,label\na.png,x\na.png,y\n", "1 files come twice, as a.png"),
         ("file,label,split\na.png,x,holdout\n", "split 'holdout' is none of train"),
         ("file,label\na.png,\n", "1 files without a label, as a.png"),
+        ('file,label\na.png,"x\ny"\n', "1 files have a label that is no printable text, as a.png"),
+        ("file,label\nb\u2028c.png,x\n", "1 files are not in .*, as b\u2028c.png"),
         ("", "no rows of file,label"),
     ],
 )

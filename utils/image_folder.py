@@ -7,6 +7,7 @@ DIR/**/*.jpg and a table file,label[,split]             --labels
 
 import contextlib
 import csv
+import io
 import os
 import unicodedata
 from collections import Counter
@@ -172,24 +173,27 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
     """The same from a CSV with the columns file (below the root), label and perhaps split."""
     table = table if table.is_file() else root / table
     with refusing(f"--labels {table}: cannot be read", "a CSV in UTF-8 with the columns file,label[,split]"):
-        lines = table.read_text(encoding="utf-8-sig").splitlines() or [""]
-        delimiter = ";" if ";" in lines[0] and "," not in lines[0] else ","
+        text = table.read_text(encoding="utf-8-sig")
+        head = text.partition("\n")[0]
+        delimiter = ";" if ";" in head and "," not in head else ","
         rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
-                for row in csv.DictReader(lines, delimiter=delimiter)]  # fmt: skip
+                for row in csv.DictReader(io.StringIO(text), delimiter=delimiter)]  # fmt: skip
     refuse(not rows or not {"file", "label"} <= rows[0].keys(), f"--labels {table}: no rows of file,label[,split]")
     wrong = sorted({row["split"] for row in rows if row.get("split") and row["split"].lower() not in SPLITS})
     if wrong:
         raise UserError(f"--labels {table}: split {wrong[0]!r} is none of {' '.join(SPLITS)}")
     names = [nfc(row["file"]) for row in rows]
+    labelled = [(name, nfc(row["label"])) for name, row in zip(names, rows, strict=True)]
     there = {nfc(os.path.relpath(path, root)): path for path in files_in(root)}
     for found, what in (
         ([name for name, n in Counter(names).items() if n > 1], "come twice"),
-        ([name for name, row in zip(names, rows, strict=True) if not row["label"]], "without a label"),
+        ([name for name, label in labelled if not label], "without a label"),
+        ([name for name, label in labelled if not label.isprintable()], "have a label that is no printable text"),
         ([name for name in names if name not in there], f"are not in {root}"),
     ):
         if found:
             raise UserError(f"--labels {table}: {len(found)} files {what}, as {found[0]}")
-    classes = sorted({nfc(row["label"]) for row in rows})
+    classes = sorted({label for _, label in labelled})
     sets = {}
     for name, row in sorted(zip(names, rows, strict=True), key=lambda pair: pair[0]):
         paths, labels = sets.setdefault(SPLITS[(row.get("split") or "train").lower()], ([], []))
