@@ -111,6 +111,7 @@ class Classifier:
                 known = (image > -0.5).all() and (image < 1.5).all()  # a resize may overshoot
                 refuse(not known, "pixels of floats are from 0 to 1; bytes, from 0 to 255, are taken, too")
                 image = (255 * image).round().clamp(0, 255).byte()
+            refuse(image.dtype != torch.uint8, f"pixels are bytes or floats, not {image.dtype} of unknown range")
             yield self.augment(image[None].to(self.device), self.augment.draw(torch.tensor([image.shape[-2:]])))
 
     @torch.no_grad()

@@ -82,6 +82,8 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
     for wrong in (images.float(), images / 127.5 - 1):  # of another range
         with pytest.raises(UserError, match="pixels of floats are from 0 to 1"):
             loaded.predict(wrong)
+    with pytest.raises(UserError, match="pixels are bytes or floats, not torch.int32"):
+        loaded.predict(257 * images.int())  # as 16-bit gray is read
     run("eval.py", checkpoint, "--plot", "errors")
     assert [path.name for path in checkpoint.parent.glob("*_errors.png")]
     done = in_process("eval.py", checkpoint, "--plot", "attention")
