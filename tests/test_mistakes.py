@@ -70,6 +70,7 @@ FLAGS = [
     ("--mean 0 0 0 --std 1 0 1", "0 is not above 0"),
     ("--mean 0.5 0.5 --std 1 1 1", "expected 3 arguments"),
     ("--mean 0.5 0.5 0.5", "--mean and --std go together"),
+    ("--mean 123.675 116.28 103.53 --std 58.395 57.12 57.375", "123.675 is above 1"),
     ("--train_batch_size 1000000000000000000", "1000000000000000000 is above 2147483647"),
     ("--seed 99999999999999999999", "99999999999999999999 is above 2147483647"),
     ("--seed -1", "-1 is not at least 0"),

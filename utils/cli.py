@@ -203,7 +203,6 @@ def bounded(kind: type, low: float | None = None, high: float | None = None, ope
 
 positive_int = bounded(int, 1, MAX_COUNT)
 count = bounded(int, 0, MAX_COUNT)
-real = bounded(float, -MAX_REAL, MAX_REAL)
 positive = bounded(float, 0, MAX_REAL, open_low=True)
 non_negative = bounded(float, 0, MAX_REAL)
 fraction = bounded(float, 0, 1)

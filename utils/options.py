@@ -70,7 +70,7 @@ def train_parser() -> Parser:
     g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on val/ where an image folder has that and test images, else on the test set, as the reference projects do")
     g.add_argument("--img_size", type=cli.positive_int, default=None, help="side in pixels that images are resized to [224, or that of --load_model_dir]")
     g.add_argument("--normalize", action=Replaces, const="mean std", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the weights that are loaded, where they are known, else half: to -1..1]")
-    g.add_argument("--mean", action=Replaces, const="normalize", type=cli.real, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
+    g.add_argument("--mean", action=Replaces, const="normalize", type=cli.fraction, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
     g.add_argument("--std", action=Replaces, const="normalize", type=cli.positive, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
     g.add_argument("--eval_batch_size", type=cli.positive_int, default=256, help="images per forward pass in evaluation, per process")
 
