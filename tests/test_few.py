@@ -214,6 +214,9 @@ def test_home_and_recipes_from_windows(tmp_path, monkeypatch):
         args = options.parse_train_args([recipe, "--log_dir=~/logs"])
         assert (args.name, args.data_dir) == ("run", f"{tmp_path}/data")
         assert (args.output_dir, args.log_dir) == (f"{tmp_path}/out", f"{tmp_path}/logs")
+    (tmp_path / "my.args").write_text("--name a#1 --output_dir 'b #2' --log_dir # it's a comment\nc\n")
+    args = options.parse_train_args([f"@{tmp_path}/my.args"])
+    assert (args.name, args.output_dir, args.log_dir) == ("a#1", "b #2", "c")
     args = options.eval_parser().parse_args(["~/x.bin", "--images", "~/a.png"])
     assert args.checkpoint == f"{tmp_path}/x.bin" and args.images == [f"{tmp_path}/a.png"]
 

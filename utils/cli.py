@@ -99,7 +99,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Help, fromfile_prefix_chars="@", **kwargs)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        words = shlex.split(line.removeprefix("\ufeff"), comments=True)  # as Windows' editors begin a file
+        line = line.removeprefix("\ufeff")  # as Windows' editors begin a file
+        line = re.sub(r"""("[^"]*"|'[^']*')|(?<!\S)#.*""", r"\1", line)  # without comment; as in a shell, a#b is a word
+        words = shlex.split(line)
         return [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words]
 
     def error(self, message: str):
