@@ -465,6 +465,8 @@ def test_normalisation_of_the_weights(tmp_path):
     assert line not in in_process(*run, "--name", "x", "--normalize", "imagenet").stdout
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3}}))
     assert read_weights(deit).normalize == ([0.1] * 3, [0.2] * 3)
+    write_google_npz(tmp_path / "w.npz", **SIZES, patch=7, grid=4, classes=CLASSES)  # in the same folder, of no JSON
+    assert read_weights(tmp_path / "w.npz").normalize == ([0.5] * 3, [0.5] * 3)
 
 
 # ---------------------------------------------------------------- the model that an own checkpoint records

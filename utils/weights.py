@@ -79,7 +79,7 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
         file.normalize = (args["mean"], args["std"]) if args.get("mean") and args.get("std") else None
     else:
         _rename(file)
-        named += _read_beside(file)
+        named += _read_beside(file) if path.suffix != ".npz" else []  # Google's files say it all themselves
         rotary = [name for name in named if re.search(r"(?<![a-z])rope", name.lower())]  # some files hold nothing of it
         refuse(rotary, f"{path}: {', '.join(rotary)}: rotary positions, which no model here has")
     words = " ".join(named).lower()
