@@ -323,11 +323,15 @@ def test_failed_cell_is_named_and_stops_no_other(swept):
     other = sweep.output / "fashionmnist-mini-100_500_ViT-Ti_16_norm_GN_fp_True_img_28_pretrain_F_seed_1.jsonl"
     # there is such a run with other settings
     other.write_text('{"event": "start", "settings": {"num_steps": 5}}\n{"event": "eval", "step": 5}\n')
+    report = sweep.output / "results.md"  # cannot be written
+    report.unlink()
+    report.mkdir()
     out, error = sweep.run("--eval_batch_size", 511, NORMS="GN LN", SEEDS="1", status=1)
     other.unlink()
+    report.rmdir()
     assert "is finished" in out
     cell = "@recipes/rescalevit_cifar10.args --model_type ViT-Ti_16 --norm_type GN --seed 1"
-    assert error.endswith(f"failed:\n  {cell}: status 2\n")
+    assert error.endswith(f"failed:\n  {cell}: status 2\n  plot.py {sweep.output}: status 2\n")
 
 
 @pytest.mark.slow
