@@ -226,6 +226,7 @@ def predict_folder(run: Classifier, folders: list[str], args: Namespace, out: Pa
             probability, label = run.probabilities(torch.cat(inputs)).topk(min(2, len(run.classes)), dim=1)
             for file, p, i in zip(readable, probability.tolist(), label.tolist(), strict=True):
                 rows.append([file, run.classes[i[0]], f"{p[0]:.4f}", run.classes[i[1]] if len(i) > 1 else ""])
+    refuse(not rows, "; ".join([f"none of {len(files)} images can be read", *unreadable[:1]]))
     with refusing(f"{path}: cannot be written", "choose another --output_dir", OSError):
         out.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:

@@ -307,4 +307,8 @@ def test_predictions_of_a_folder(photos, tmp_path):
     assert list(single) == [rows[3]["class"], rows[3]["runner-up"]]
     assert single[rows[3]["class"]] == pytest.approx(float(rows[3]["probability"]), abs=1e-4)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").touch()
+    done = in_process("eval.py", path, "--images", tmp_path / "bad")
+    assert done.returncode == 2 and "none of 1 images can be read; " in done.stderr
     assert "no images in it" in in_process("eval.py", path, "--images", tmp_path / "empty").stderr
