@@ -89,14 +89,6 @@ def places(folder: Path) -> list[str]:
     return ["--output_dir", str(folder / "output"), "--log_dir", str(folder / "logs")]
 
 
-def torchrun(processes: int, *words, check: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "train.py"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert done.returncode == check, (done.returncode, done.stdout, done.stderr)
-    return done
-
-
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["model"]
 
