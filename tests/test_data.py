@@ -17,7 +17,7 @@ from PIL import Image
 from utils import image_sources
 from utils.augment import Augment
 from utils.cli import UserError
-from utils.data_utils import eval_batches, train_batches
+from utils.data_utils import train_batches
 from utils.datasets import MINI, load_data
 from utils.image_sources import Files, Ragged, Uniform
 from utils.presets import DATASETS
@@ -98,18 +98,6 @@ def test_cifar_file_of_another_checksum_is_refused_and_not_run(tmp_path, monkeyp
     assert not (tmp_path / "ran").exists()
 
 
-def test_missing_set_without_network_says_which_file(tmp_path, monkeypatch):
-    no_network(monkeypatch)
-    for dataset, file in [
-        ("cifar10", "cifar-10-python.tar.gz"),
-        ("fashionmnist", "FashionMNIST/raw"),
-        ("emnist", "gzip.zip"),
-    ]:
-        with pytest.raises(UserError) as error:
-            load_data(dataset, tmp_path)
-        assert file in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
 def test_an_archive_without_its_published_checksum_is_not_unpacked(tmp_path, monkeypatch):
     """Not even one that the user placed: torchvision would download it anew."""
     no_network(monkeypatch)
@@ -124,20 +112,17 @@ def test_an_archive_without_its_published_checksum_is_not_unpacked(tmp_path, mon
             file.writestr("inside", "x")
     (tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"no images"))
     before = sorted(tmp_path.rglob("*"))
-    names = dict(cifar10="CIFAR10", cifar100="CIFAR100", emnist="EMNIST", caltech101="Caltech101")
-    for dataset, name in (names | dict(fashionmnist="FashionMNIST")).items():
-        with pytest.raises(UserError, match=f"{name} is not there and can't be downloaded"):
+    for dataset, name, file in (
+        ("cifar10", "CIFAR10", "cifar-10-python.tar.gz"),
+        ("cifar100", "CIFAR100", "cifar-100-python.tar.gz"),
+        ("emnist", "EMNIST", "gzip.zip"),
+        ("caltech101", "Caltech101", "101_ObjectCategories/"),
+        ("fashionmnist", "FashionMNIST", "its four .gz files"),
+    ):
+        expected = rf"^{name} is not there and can't be downloaded .*; put {file} from https:.* into {tmp_path}/.*$"
+        with pytest.raises(UserError, match=expected):
             load_data(dataset, tmp_path)
         assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_truncated_idx(tmp_path):
-    raw = tmp_path / "FashionMNIST" / "raw"
-    shutil.copytree(MINI, raw)
-    path = raw / "train-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: .*damaged"):
-        load_data("fashionmnist", tmp_path)
 
 
 def test_caltech_split_is_by_class(tmp_path):
@@ -264,97 +249,7 @@ def test_large_streamed_images_are_reduced_first(tmp_path):
     assert 0 < difference.max() < 4 / 127.5
 
 
-def test_processes_and_accumulation_share_one_batch():
-    data = load_data("fashionmnist-mini").train
-    augment = Augment(28, *HALF, scale=(0.05, 1.0), flip=True)
-
-    def images(rank=0, world=1, accumulation=1):
-        loop = train_batches(
-            data,
-            augment,
-            seed=3,
-            start=5,
-            stop=6,
-            batch_size=16,
-            accumulation=accumulation,
-            rank=rank,
-            world=world,
-            device=CPU,
-        )
-        return torch.cat([batch for batch, _ in loop])
-
-    whole = images()
-    assert torch.equal(whole, images(accumulation=4))
-    assert torch.equal(whole, torch.cat([images(rank, 4, 2) for rank in range(4)]))
-
-
-def test_evaluation_sees_every_image_once():
-    data = load_data("fashionmnist-mini").test.part(torch.arange(103))
-    augment = Augment(28, *HALF)
-    whole = torch.cat([images for images, _ in eval_batches(data, augment, batch_size=32, device=CPU)])
-    assert len(whole) == 103
-    parts = [
-        torch.cat([x for x, _ in eval_batches(data, augment, batch_size=32, rank=r, world=4, device=CPU)])
-        for r in range(4)
-    ]
-    assert sum(map(len, parts)) == 103
-    for rank, part in enumerate(parts):
-        assert torch.equal(part, whole[rank::4])
-
-
-def test_val_fraction_and_val_folder(tmp_path):
+def test_val_fraction():
     data = load_data("fashionmnist-mini", val_fraction=0.1)
     assert (len(data.train), len(data.valid), len(data.test)) == (9000, 1000, 2000) and data.selected_on == "val"
     assert sorted(data.train.ids.tolist() + data.valid.ids.tolist()) == list(range(10_000))
-    write_folder(tmp_path, splits=["train", "val", "test"])
-    data = load_data("imagefolder", tmp_path)
-    assert data.selected_on == "val" and data.valid is not data.test
-    shutil.rmtree(tmp_path / "test")
-    data = load_data("imagefolder", tmp_path)
-    assert data.selected_on == "test" and data.valid is data.test
-
-
-# ---------------------------------------------------------------- mistakes
-
-
-def test_folder_mistakes(tmp_path):
-    def message(**changes) -> str:
-        with pytest.raises(UserError) as error:
-            load_data("imagefolder", tmp_path, **changes)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    assert "no images in it; it holds CLASS/*.jpg" in message()
-    write_folder(tmp_path, splits=["train"])
-    (tmp_path / "test").mkdir()
-    assert "no class folders" in message()
-    write_folder(tmp_path, splits=["val"], classes=["cat", "horse"])
-    assert "class 'horse' is not among the 2 known: cat, dog" in message()
-    shutil.rmtree(tmp_path / "val")
-    (tmp_path / "test" / "cat").mkdir()
-    assert "test/cat: no images in it (it is empty)" in message()
-    Image.new("RGB", (20, 20)).save(tmp_path / "test" / "cat" / "a.png")
-    load_data("imagefolder", tmp_path)
-    assert load_data("imagefolder", tmp_path, train=False, classes=["dog", "owl", "cat"]).test.labels.tolist() == [2]
-    with pytest.raises(UserError, match="class 'cat' is not among the 1 known: ship"):
-        load_data("imagefolder", tmp_path, train=False, classes=["ship"])
-    with pytest.raises(UserError, match="no such folder"):
-        load_data("imagefolder", tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
-@pytest.mark.parametrize("memory_limit, num_workers", [(2.0, 0), (0.0, 0), (0.0, 1)])
-def test_broken_image_is_named(tmp_path, damage, memory_limit, num_workers):
-    write_folder(tmp_path)
-    path = tmp_path / "train" / "dog" / "003.png"
-    whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"no image", "truncated": whole[: len(whole) // 2]}[damage])
-    with pytest.raises(
-        UserError, match="dog/003.png: not a readable image.*mend or remove, or --skip_broken leaves out"
-    ):
-        data = load_data("imagefolder", tmp_path, memory_limit=memory_limit)
-        augment = Augment(16, *HALF)
-        loop = train_batches(
-            data.train, augment, seed=0, start=0, stop=1, batch_size=12, device=CPU, num_workers=num_workers
-        )
-        list(loop)

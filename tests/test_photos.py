@@ -94,6 +94,7 @@ def test_names_of_split_folders(tmp_path, folders, chosen, sizes):
     data = load_data("imagefolder", tmp_path, test_fraction=0.5 if folders == "training/" else None)
     found = len(data.train), len(data.valid), len(data.test)
     assert (data.selected_on, found) == (chosen, sizes if folders != "training/" else (2, 2, 2))
+    assert (data.valid is data.test) == (chosen == "test")
     if chosen == "val":
         assert "validation" in data.valid.paths[0] and "Test" in data.test.paths[0]
 
@@ -142,6 +143,8 @@ def test_layouts_without_a_way_through(tmp_path):
     write_classes(tmp_path / "f" / "train", cat=2, dog=2)
     write_classes(tmp_path / "f" / "test", cat=2, dog=2)
     assert "has test images already" in message(tmp_path / "f", test_fraction=0.5)
+    (tmp_path / "g").mkdir()
+    assert "no images in it; it holds CLASS/*.jpg" in message(tmp_path / "g")
 
 
 @pytest.mark.parametrize("text", ["file,label,split\n{rows}", "\ufeffFile;Label;Split\r\n{rows}"])
@@ -244,7 +247,7 @@ def test_all_broken_images_are_named_at_once_or_skipped(tmp_path, memory_limit, 
         with pytest.raises(UserError) as error:
             load_data("imagefolder", tmp_path, memory_limit=memory_limit, cache_dirs=cache_dirs)
     assert all(f"{tmp_path}/{name}: not a readable image" in str(error.value) for name in broken)
-    assert "--skip_broken" in str(error.value)
+    assert "; mend or remove, or --skip_broken leaves out what is broken" in str(error.value)
     data = load_data("imagefolder", tmp_path, memory_limit=memory_limit, skip_broken=True, cache_dirs=cache_dirs)
     assert len(data.train) == 10 and len(data.test) == 5 and "--skip_broken says: 3" in said(data, "Left out")
     assert "cat/0.png" not in names(data.train) and "dog/1.png" not in names(data.test)
