@@ -61,7 +61,8 @@ def test_safetensors_for_timm_by_the_command(tmp_path):
     expected = f"{file}: gives the model's logits; {beside}: how to prepare images, and the classes\n"
     assert (done.returncode, done.stdout) == (0, expected)
     sizes = dict(img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, num_classes=10)
-    timm.create_model("vit_tiny_patch16_224", **sizes).load_state_dict(safetensors.load_file(file))
+    for state in (safetensors.load_file(file), torch.load(path, weights_only=True)["model"]):
+        timm.create_model("vit_tiny_patch16_224", **sizes).load_state_dict(state)
     facts = json.loads(beside.read_text())
     assert facts["image_size"] == 28 and facts["image_mean"][0] == 0.4914 and len(facts["classes"]) == 10
     score = ["train.py", "--name", "y", *TINY, "-v", "--load_model_dir"]  # which reads the preparation beside it

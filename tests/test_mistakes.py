@@ -275,11 +275,13 @@ def bad(good, tmp_path_factory) -> Path:
     weights("shape.pth", **{"norm.weight": torch.ones(33)})
     weights("pos.pth", pos_embed=torch.zeros(2, 17, 32))
     torch.save({}, bad / "nothing.pth")
+    torch.save([1, 2], bad / "list.pth")
     torch.save({"model": Evil(bad / "ran")}, bad / "evil.pth")
     (bad / "truncated.pth").write_bytes((bad / "int.pth").read_bytes()[:9000])
     write_google_npz(bad / "google.npz", **SIZES, patch=7, grid=4, classes=10)
     whole = (bad / "google.npz").read_bytes()
     (bad / "truncated.npz").write_bytes(whole[:5000])
+    (bad / "flipped.npz").write_bytes(whole[:5000] + bytes([whole[5000] ^ 0xFF]) + whole[5001:])
     (bad / "text.npz").write_text("not weights")
     with np.load(bad / "google.npz") as file:
         arrays = dict(file)
@@ -368,12 +370,14 @@ FILES = [
     ("--pretrained_dir {bad}/shape.pth", "norm.weight is (33,) in the file, (32,) in the model"),
     ("--pretrained_dir {bad}/pos.pth", "pos_embed is (2, 17, 32) in the file"),
     ("--pretrained_dir {bad}/nothing.pth", "nothing.pth: holds no weights"),
+    ("--pretrained_dir {bad}/list.pth", "list.pth: holds no weights"),
     ("--pretrained_dir {bad}/empty", "empty: not a checkpoint, or damaged"),
     ("--pretrained_dir {bad}/text", "text: not a checkpoint, or damaged"),
     ("--pretrained_dir {bad}/truncated.pth", "truncated.pth: not a checkpoint, or damaged"),
     ("--pretrained_dir {bad}/evil.pth", "evil.pth: refused"),
     ("--pretrained_dir {bad}/text.npz", "text.npz: no readable .npz of Google's"),
     ("--pretrained_dir {bad}/truncated.npz", "truncated.npz: no readable .npz of Google's"),
+    ("--pretrained_dir {bad}/flipped.npz", "flipped.npz: no readable .npz of Google's (Bad CRC-32"),
     ("--pretrained_dir {bad}/words.npz", "words.npz: no readable .npz of Google's (can't convert"),
     ("--pretrained_dir {bad}/flat.npz", "flat.npz: no readable .npz of Google's"),
     ("--pretrained_dir {bad}/object.npz", "object.npz: no readable .npz of Google's (Object arrays cannot"),

@@ -14,7 +14,6 @@ from torch import nn
 from models import MODELS, create_model, dems, mvit, rescale_vit, vit
 from models.rescale_vit import RescaleViT
 from models.vit import ViT
-from utils.cli import UserError
 from utils.weights import load_weights
 
 TINY = dict(image_size=16, num_classes=5, patch_size=4, dim=32, depth=3, heads=2, mlp_dim=64)
@@ -161,22 +160,6 @@ def test_layer_norm_weights_stay_out(reference, write_weights, norm_type, prefix
     assert all(torch.equal(model.state_dict()[name], same.state_dict()[name]) for name in report.loaded)
 
 
-@pytest.mark.parametrize("kind", ["DEMS", "MViT"])
-def test_published_names_load_whole(kind, tmp_path):
-    model, other = make(kind), make(kind)
-    torch.nn.init.normal_(other.cls_token)
-    torch.save({"model": other.state_dict()}, tmp_path / "weights.pth")
-    report = load_weights(model, tmp_path / "weights.pth")
-    assert report.loaded == list(other.state_dict()) and not report.ignored
-    assert torch.equal(model.cls_token, other.cls_token)
-
-
-def test_other_models_weights_are_refused(reference, write_weights):
-    _, arrays = reference("dems")
-    with pytest.raises(UserError, match="has 4 blocks, the model 3"):
-        load_weights(make("ViT"), write_weights(arrays, "w:", "dems.pth"))
-
-
 # --- sizes ---
 
 
@@ -258,15 +241,6 @@ def test_every_row_makes_a_model(model_type):
 def test_model_list_needs_no_torch():
     code = "import sys, models; assert models.MODELS and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-@all_kinds
-def test_oblong_images(kind):
-    height = make(kind).image_size[0]
-    overrides = dict(image_sizes=((8, 4), (32, 16))) if kind == "MViT" else {}
-    model = make(kind, image_size=(2 * height, height), **overrides).eval()
-    assert model(images(model)).shape == (4, 5)
-    assert model.grid == (2 * model.grid[1], model.grid[1])
 
 
 def test_default_dropout():

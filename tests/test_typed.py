@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from helpers import ROOT, in_process, places
+from helpers import ROOT, SIZES, in_process, places
 from tqdm import tqdm
 
 import train
@@ -18,7 +18,6 @@ THEIRS = re.findall(
     "\n".join(re.findall(r"```text\n(.*?)```", MIGRATING, re.DOTALL)),
     re.MULTILINE,
 )
-SIZES = dict(dim=32, depth=2, heads=2, mlp_dim=64)
 SHORT = "--dataset fashionmnist-mini --dim 32 --depth 2 --heads 2 --mlp_dim 64 --num_steps 1 --warmup_steps 0"
 SHORT += " --train_batch_size 8 --gradient_accumulation_steps 1 --ra 1 --eval_batch_size 500"
 FAMILY = {  # sizes that go with SHORT, and constructor words
