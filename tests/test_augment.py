@@ -499,23 +499,6 @@ def test_flags_of_mixing():
 
 
 @pytest.mark.parametrize(
-    "words, message",
-    [
-        ("--aug weak --aug_prob 0.5", "--aug_prob has no meaning with --aug weak; --aug dems would take it"),
-        ("--aug pad --scale 0.5 1", "--scale has no meaning with --aug pad; --aug crop, mild, weak, strong, dems"),
-        ("--mixup 0.8 --batch_size 12 --gradient_accumulation_steps 4", "not 12 / 4 = 3"),
-        ("--ra 9 --batch_size 8", "--ra 9 is more than --train_batch_size 8"),
-        ("--reprob 1.5", "1.5 is above 1"),
-    ],
-)
-def test_wrong_flags(words, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(*words.split())
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
     "more", [dict(scale=(0.3, 1.0), flip=True, reprob=0.5), dict(scale=(0.8, 1.0), operations="randaugment")]
 )
 @pytest.mark.parametrize("channels", [1, 3])

@@ -19,7 +19,6 @@ import train
 from models import create_model
 from utils import checkpoint, options, pictures, vis_utils
 from utils.augment import denormalize
-from utils.cli import UserError
 from utils.run_files import run_id
 
 ATTENTION = ["attention_class", "attention_distance", "attention_heads", "attention_rollout"]
@@ -106,15 +105,6 @@ def test_attention_distance_of_known_maps():
     assert found.tolist() == pytest.approx([0, 4, diagonal, diagonal])  # the class token's share doesn't count
 
 
-@pytest.mark.parametrize("kind, token, grids", [("ViT-Ti_16", 0, [(2, 2)]), ("MViT-Ti", 65, [(8, 8), (16, 16)])])
-def test_layout_is_the_models(kind, token, grids):
-    model = create_model(kind, image_size=32, num_classes=3, **SIZES)
-    scales, class_token = pictures.layout_of(model)
-    assert class_token == token and [scale.grid for scale in scales] == grids
-    assert grids[-1] == model.grid
-    assert scales[-1].end == model.attention_maps(torch.zeros(1, 3, 32, 32)).shape[-1]
-
-
 def test_look_is_from_the_class_token_that_is_read_out():
     torch.manual_seed(0)
     model = create_model("MViT-Ti", image_size=32, patch_size=8, num_classes=3, **SIZES).eval()
@@ -160,12 +150,12 @@ def test_most_confident_mistakes():
     run = Namespace(probabilities=lambda images: logits[images[:, 0, 0, 0].long()].softmax(dim=1))
 
     images = torch.arange(6.0)[:, None, None, None].expand(-1, 3, 2, 2)
-    batches = list(zip(images.split(4), labels.split(4), strict=True))
+    batches = list(zip(images.split(2), labels.split(2), strict=True))
     found = pictures.most_confident_mistakes(run, batches, limit=3)
     assert found["images"][:, 0, 0, 0].tolist() == [3, 0, 1]
     assert found["true"].tolist() == [0, 1, 0] and found["predicted"].tolist() == [1, 0, 1]
     assert found["probability"].tolist() == pytest.approx([1 / (1 + math.exp(-x)) for x in (9, 4, 1)])
-    assert (found["wrong"], found["seen"]) == (4, 6)
+    assert (found["wrong"], found["seen"], found["index"].tolist()) == (4, 6, [3, 0, 1])
 
 
 def test_small_helpers():
@@ -245,6 +235,7 @@ def test_chosen_images_and_blocks(trained, photos, drawn, tmp_path, capsys):
     assert sorted(capsys.readouterr().out.split()) == sorted(map(str, (tmp_path / "new").iterdir())) == paths
     (_, heads, blocks, *_), *overlays, _ = drawn
     assert len(heads) == 1 and blocks == [1] and len(overlays) == 2
+    assert not (tmp_path / "elsewhere").exists()  # no folder of TensorBoard is made
     for _, images, names, *_ in overlays:
         assert images.shape == (2, 3, 28, 28) and [name.split("\n")[0] for name in names] == ["000.png", "001.png"]
 
@@ -254,48 +245,6 @@ def test_no_mistakes_no_picture(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pictures, "most_confident_mistakes", lambda *args: right)
     run_eval(trained("ViT"), "--plot", "errors", "--output_dir", tmp_path)
     assert "No mistakes in 2000 images" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_models_without_a_layout(tmp_path):
-    run = Namespace(model=torch.nn.Linear(3, 2), name="own", step=1)
-    for kind in ("attention", "position", "patches"):
-        with pytest.raises(UserError, match=r"--plot: Linear has no token_layout\(\), so only errors can be drawn"):
-            pictures.draw_all(run, [kind], tmp_path)
-
-
-def test_no_tensorboard_folder_is_made(trained, tmp_path, capsys):
-    state = torch.load(trained("ViT"), weights_only=True)
-    state["args"]["log_dir"] = str(tmp_path / "elsewhere")
-    torch.save(state, tmp_path / "copy_checkpoint.bin")
-    run_eval(tmp_path / "copy_checkpoint.bin", "--plot", "patches")
-    assert {path.name for path in tmp_path.iterdir()} == {"copy_checkpoint.bin", "copy_patches.png"}
-
-
-@pytest.mark.parametrize(
-    "words, text",
-    [
-        ("--plot errors --images a.png", "--images goes with --plot attention alone; draw errors without --images"),
-        ("--plot patches --blocks 0", "--blocks chooses what --plot attention shows, which is missing"),
-        (f"--plot attention --images {' a.png' * 9}", "--plot attention has room for 8 images, not 9"),
-        ("--plot heads", "argument --plot: invalid choice: 'heads'; choose from attention, position, "),
-    ],
-)
-def test_wrong_flags_are_answered_in_one_line(words, text, capsys):
-    with pytest.raises(SystemExit) as end:
-        parse_eval("a_checkpoint.bin", *words.split())
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith(f"eval.py: error: {text}") and error.count("\n") == 1
-
-
-def test_mistakes_of_the_user(trained, tmp_path):
-    path = trained("ViT")
-    for words, text in (
-        (["--plot", "attention", "--blocks", "2"], "--blocks 2: the model has blocks 0 to 1"),
-        (["--plot", "attention", "--images", str(tmp_path / "a.png")], "(?i)a.png: .*no such file"),
-        (["--plot", "patches", "--output_dir", str(path)], "cannot be written"),
-    ):
-        with pytest.raises(UserError, match=text):
-            run_eval(path, *words)
 
 
 # ---------------------------------------------------------------- TensorBoard of a training
