@@ -1,7 +1,9 @@
-"""Fixtures: reference outputs of the published implementations, and weight files made from them."""
+"""Fixtures: reference outputs of the published implementations, weight files made from them, and train.py in forks."""
 
 import json
 import os
+import signal
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of what a CPU repeats to the bit, also where there is a GPU
@@ -9,6 +11,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of what a CPU repeats t
 import numpy as np
 import pytest
 import torch
+from helpers import children, fork_train
 from hypothesis import settings
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
@@ -44,3 +47,23 @@ def write_weights(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def start(tmp_path):
+    """`start(*words)` -> train.py in a process of its own, with `error`, the file of its stderr; it ends with the test.
+
+    Other arguments as for `train_in_fork`.
+    """
+    started = []
+
+    def begin(*words, **how) -> BaseProcess:
+        started.append(fork_train(*words, error=tmp_path / f"stderr{len(started)}", **how))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        for child in children(process.pid):
+            os.kill(child, signal.SIGKILL)
+        process.kill()
+        process.join()

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"  # of a run that is named so, of the sizes below
 SIZES = dict(dim=32, depth=2, heads=2, mlp_dim=64)
 TINY = (
     "--model_type ViT-Ti_16 --patch_size 7 --img_size 28 --dim 32 --depth 2 --heads 2 --mlp_dim 64 "
@@ -47,6 +49,13 @@ def in_process(script: str, *words) -> subprocess.CompletedProcess:
         sys.argv = before
     texts = (stream.buffer.getvalue().decode(errors="backslashreplace") for stream in (out, error))
     return subprocess.CompletedProcess(words, status, *texts)
+
+
+def run(script: str, *words, check: int = 0) -> subprocess.CompletedProcess:
+    """`in_process`, with the exit status that is expected."""
+    done = in_process(script, *words)
+    assert done.returncode == check, (done.stdout, done.stderr)
+    return done
 
 
 FORKS = multiprocessing.get_context("forkserver")  # its processes have torch loaded, and so start at once
@@ -81,7 +90,23 @@ def fork_train(*words, error: Path, pause: float = 0.0, largest: int | None = No
     """Start train.py as a process of its own; a multiprocessing.Process. See `train_in_fork`."""
     process = FORKS.Process(target=train_in_fork, args=(list(map(str, words)), error, pause, largest, env or {}))
     process.start()
+    process.error = error
     return process
+
+
+def wait_for(condition: Callable[[], bool], process) -> None:
+    """Until a condition holds, while a process lives that `fork_train` or subprocess.Popen has started."""
+    limit = time.monotonic() + 120
+    while not condition():
+        alive = process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+        assert alive and time.monotonic() < limit, getattr(process, "error", Path(os.devnull)).read_text()
+        time.sleep(0.002)
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of a process's children; none where it has ended."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return list(map(int, path.read_text().split())) if path.exists() else []
 
 
 def places(folder: Path) -> list[str]:

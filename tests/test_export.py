@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import SIZES, TINY, in_process, places
+from helpers import SIZES, TINY, in_process, places, run
 from PIL import Image
 
 from eval import load_run
@@ -53,7 +53,7 @@ def test_onnx(kind, tmp_path):
 def test_safetensors_for_timm_by_the_command(tmp_path):
     timm, safetensors = pytest.importorskip("timm"), pytest.importorskip("safetensors.torch")
     words = ["--num_steps", 1, "--aug", "none", "--normalize", "cifar", "--crop_pct", 0.8, *places(tmp_path)]
-    assert in_process("train.py", "--name", "x", *TINY, *words).returncode == 0
+    run("train.py", "--name", "x", *TINY, *words)
     (path,) = (tmp_path / "output").glob("*_checkpoint.bin")
     file = tmp_path / "m.safetensors"
     done = in_process("eval.py", path, "--export", file)
@@ -82,12 +82,12 @@ def test_images_are_prepared_as_the_facts_say(tmp_path, crop_pct):
     """In timm's words, for an image that is no square."""
     create_transform = pytest.importorskip("timm.data").create_transform
     words = ["--num_steps", 1, "--aug", "none", "--crop_pct", crop_pct, *places(tmp_path)]
-    assert in_process("train.py", "--name", "x", *TINY, *words).returncode == 0
-    run = load_run(*(tmp_path / "output").glob("*_checkpoint.bin"))
-    facts = {name.removeprefix("image_"): value for name, value in run.facts().items()}
+    run("train.py", "--name", "x", *TINY, *words)
+    trained = load_run(*(tmp_path / "output").glob("*_checkpoint.bin"))
+    facts = {name.removeprefix("image_"): value for name, value in trained.facts().items()}
     facts = {name: facts[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    assert (create_transform(28, **facts)(image)[None] - next(run.inputs(image))).abs().max() < 0.02
+    assert (create_transform(28, **facts)(image)[None] - next(trained.inputs(image))).abs().max() < 0.02
 
 
 def test_safetensors_of_tensors_that_modules_share(tmp_path):

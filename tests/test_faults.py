@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SIZES, TINY, call, fork_train, places, write_folder
+from helpers import ID, SIZES, TINY, call, places, wait_for, write_folder
 from torch import nn
 
 import eval
@@ -29,7 +29,6 @@ from utils.dist_util import Processes
 from utils.log_util import RunLog
 from utils.run_files import RunFiles
 
-ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 LAST, PREVIOUS, BEST = (f"{ID}_{kind}.bin" for kind in ("last", "last.prev", "checkpoint"))
 LOCK = f".{ID}.lock"
 SHORT = ["--name", "run", *TINY, "--warmup_steps", 0]
@@ -47,33 +46,6 @@ def parse(*words):
 def train_here(*words) -> int:
     """train.py in this process; a UserError comes through."""
     return train.main(parse(*words))
-
-
-@pytest.fixture
-def start(tmp_path):
-    """`start(*words)` -> train.py in a process of its own, with `error`, the file of its stderr; it ends with the test.
-
-    Other arguments as for `train_in_fork`.
-    """
-    started = []
-
-    def begin(*words, **how) -> BaseProcess:
-        error = tmp_path / f"stderr{len(started)}"
-        started.append(fork_train(*words, error=error, **how))
-        started[-1].error = error
-        return started[-1]
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.join()
-
-
-def wait_for(condition, process: BaseProcess) -> None:
-    limit = time.monotonic() + 120
-    while not condition():
-        assert process.is_alive() and time.monotonic() < limit, process.error.read_text()
-        time.sleep(0.002)
 
 
 def end_of(process: BaseProcess) -> tuple[int | None, str]:
@@ -158,32 +130,6 @@ def test_a_users_process_computes_the_same(whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
-def kill_at_random(start, folder: Path, kills: int, longest: float) -> None:
-    """Kill a run `kills` times: each other time within a save, else up to `longest` seconds after training began."""
-    chance = random.Random(0)
-    log = folder / "output" / f"{ID}.txt"
-
-    def saving() -> bool:
-        with contextlib.suppress(FileNotFoundError):  # its end came between the two calls
-            return any(path.stat().st_mtime_ns > began for path in (folder / "output").glob(".*.tmp"))
-        return False
-
-    for number in range(kills):
-        began = time.time_ns()  # a kill leaves a file to the next turn
-        size = log.stat().st_size if log.exists() else 0
-        process = start(*RUN, *places(folder), pause=0.1)
-        wait_for(lambda size=size: log.exists() and log.stat().st_size != size, process)
-        if number == kills - 1:  # also a busy machine has then saved something to go on from
-            wait_for((folder / "output" / LAST).exists, process)
-        if number % 2:
-            wait_for(saving, process)
-        else:
-            time.sleep(chance.uniform(0, longest))
-        process.kill()
-        assert end_of(process) == (-signal.SIGKILL, "")
-        assert saving() or not number % 2
-
-
 def assert_goes_on(folder: Path, whole: Path, capsys) -> None:
     """What it did after its last save is all that is done again."""
     step = checkpoint.read_file(folder / "output" / LAST)["step"]
@@ -194,14 +140,30 @@ def assert_goes_on(folder: Path, whole: Path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_as_the_uninterrupted_one(start, whole, tmp_path, capsys):
-    kill_at_random(start, tmp_path, kills=8, longest=0.3)
-    assert_goes_on(tmp_path, whole, capsys)
-
-
-@pytest.mark.slow
 def test_killed_25_times_it_ends_as_the_uninterrupted_one(start, whole, tmp_path, capsys):
-    kill_at_random(start, tmp_path, kills=25, longest=0.25)
+    """Each other time within a save, else up to a quarter of a second after training began."""
+    chance, kills = random.Random(0), 25
+    log, output = tmp_path / "output" / f"{ID}.txt", tmp_path / "output"
+
+    def saving() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # its end came between the two calls
+            return any(path.stat().st_mtime_ns > began for path in output.glob(".*.tmp"))
+        return False
+
+    for number in range(kills):
+        began = time.time_ns()  # a kill leaves a file to the next turn
+        size = log.stat().st_size if log.exists() else 0
+        process = start(*RUN, *places(tmp_path), pause=0.1)
+        wait_for(lambda size=size: log.exists() and log.stat().st_size != size, process)
+        if number == kills - 1:  # also a busy machine has then saved something to go on from
+            wait_for((output / LAST).exists, process)
+        if number % 2:
+            wait_for(saving, process)
+        else:
+            time.sleep(chance.uniform(0, 0.25))
+        process.kill()
+        assert end_of(process) == (-signal.SIGKILL, "")
+        assert saving() or not number % 2
     assert_goes_on(tmp_path, whole, capsys)
 
 

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import time
+from functools import partial
 
+import helpers
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -24,10 +26,7 @@ from utils.loss import balanced_weights, loss_of
 ID = "{}_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_{}"
 
 
-def run(*words, check: int = 0):
-    done = in_process("train.py", *words)
-    assert done.returncode == check, (done.stdout, done.stderr)
-    return done
+run = partial(helpers.run, "train.py")
 
 
 def file_of(folder, name: str, kind: str, pretrained: str = "F"):
@@ -140,14 +139,9 @@ def test_class_weights_count_classes_alike():
     assert balanced_weights(labels, 5)[:3].tolist() == weight.tolist()  # as a table may name a class for testing alone
     logits = torch.randn(9, 3)
     loss = loss_of(logits, labels, 0.1, weight)
-    assert loss.item() == pytest.approx(F.cross_entropy(logits, labels, weight, label_smoothing=0.0).item(), abs=2)
-    by_hand = torch.stack(
-        [
-            F.cross_entropy(x[None], y[None], label_smoothing=0.1) * weight[y]
-            for x, y in zip(logits, labels, strict=True)
-        ]
-    )
-    assert loss.item() == pytest.approx(by_hand.mean().item(), rel=1e-5)
+    pairs = zip(logits[:, None], labels[:, None], weight[labels], strict=True)
+    by_hand = [F.cross_entropy(x, y, label_smoothing=0.1) * share for x, y, share in pairs]
+    assert loss.item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-5)
     parts = [loss_of(logits[i : i + 3], labels[i : i + 3], 0.1, weight) for i in (0, 3, 6)]
     assert torch.stack(parts).mean().item() == pytest.approx(loss.item(), rel=1e-5)  # accumulation changes nothing
     assert loss_of(logits, F.one_hot(labels, 3).float(), 0.1, weight).item() == pytest.approx(loss.item(), rel=1e-5)
@@ -295,8 +289,7 @@ def test_predictions_of_a_folder(photos, tmp_path):
     shutil.copytree(photos / "photos", tmp_path / "new", ignore=shutil.ignore_patterns("*.npz"))
     (tmp_path / "new" / "cat" / "broken.png").write_bytes(b"no image")
     (tmp_path / "new" / "notes.txt").touch()
-    done = in_process("eval.py", path, "--images", tmp_path / "new", "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = helpers.run("eval.py", path, "--images", tmp_path / "new", "--output_dir", tmp_path)
     assert f"left out: {tmp_path}/new/cat/broken.png: not a readable image" in done.stdout
     assert f"{tmp_path}/predictions.csv: 20 images" in done.stdout
     assert done.stderr == "Not read, as no image for this Pillow: 1 .txt\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SIZES, TINY, in_process, no_network, places, write_cifar10, write_google_npz
+from helpers import ID, SIZES, TINY, no_network, places, run, write_cifar10, write_google_npz
 from PIL import Image
 
 import eval
@@ -20,7 +20,6 @@ from models import create_model
 from utils import checkpoint, datasets, image_sources, options, results, weights
 from utils.cli import UserError
 
-RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 MODEL = create_model("ViT-Ti_16", image_size=28, patch_size=7, num_classes=10, **SIZES)
 IMAGES = (".png", ".jpg", ".gif", ".bmp", ".tif", ".webp", ".ppm")
 TORCH = (".pth", ".legacy.pth", "_checkpoint.bin")
@@ -41,9 +40,8 @@ READERS = {
 def good(tmp_path_factory) -> dict[str, bytes]:
     """A file of each kind, by the end of its name."""
     folder = tmp_path_factory.mktemp("good")
-    done = in_process("train.py", "--name", "run", *TINY, "--num_steps", 4, "--eval_every", 2, *places(folder))
-    assert done.returncode == 0, done.stderr
-    files = {end: (folder / "output" / f"{RUN}{end}").read_bytes() for end in ("_checkpoint.bin", ".jsonl")}
+    run("train.py", "--name", "run", *TINY, "--num_steps", 4, "--eval_every", 2, *places(folder))
+    files = {end: (folder / "output" / f"{ID}{end}").read_bytes() for end in ("_checkpoint.bin", ".jsonl")}
     write_google_npz(folder / "w.npz", **SIZES, patch=7, grid=4, classes=10)
     torch.save({"model": MODEL.state_dict()}, folder / "w.pth")
     torch.save(MODEL.state_dict(), folder / "w.legacy.pth", _use_new_zipfile_serialization=False)
@@ -71,7 +69,7 @@ def refused(read, path: Path) -> str:
 def test_files_that_are_cut_off_are_one_line(tmp_path, good, name):
     read, ends = READERS[name]
     for end in filter(good.__contains__, ends):
-        path, whole = tmp_path / f"{RUN}{end}", good[end]
+        path, whole = tmp_path / f"{ID}{end}", good[end]
         path.write_bytes(whole)
         read(path)  # as it is, it can be read
         size = len(whole)
@@ -91,7 +89,7 @@ def test_files_of_another_kind_are_one_line(tmp_path, good, name):
     others |= {"text": b"just text\n" * 99, "zeros": bytes(9999), "noise": np.random.default_rng(1).bytes(9999)}
     for kind, data in others.items():
         for end in ends:
-            path = tmp_path / f"{RUN}{end}"
+            path = tmp_path / f"{ID}{end}"
             path.write_bytes(data)
             assert refused(read, path), (kind, end)
 
@@ -148,7 +146,7 @@ def test_no_payload_runs(tmp_path, monkeypatch, wrap):
     for payload in payloads(str(canary)):
         for data in forms(wrap(payload)):
             for end in (".npz", ".bin", ".safetensors", ".png", ".jsonl"):
-                path = tmp_path / f"{RUN}{end}"
+                path = tmp_path / f"{ID}{end}"
                 path.write_bytes(data)
                 for read in reads:
                     with contextlib.suppress(UserError):
@@ -163,12 +161,12 @@ def test_no_payload_runs(tmp_path, monkeypatch, wrap):
 def test_logs_and_recipes_are_only_text(tmp_path):
     canary = tmp_path / "ran"
     code = f"__import__('os').system('touch {canary}')"
-    (tmp_path / f"{RUN}.txt").write_text(
+    (tmp_path / f"{ID}.txt").write_text(
         f"t - INFO - x - Training parameters Namespace(a={code}, num_steps=4, b=[{code} for _ in range(9)])\n"
         f"t - INFO - x - Global Steps: 1\n"
     )
-    run = results.read_run(tmp_path / f"{RUN}.txt")
-    assert run.num_steps == 4 and set(run.settings) == {"num_steps"} and not canary.exists()
+    found = results.read_run(tmp_path / f"{ID}.txt")
+    assert found.num_steps == 4 and set(found.settings) == {"num_steps"} and not canary.exists()
     (tmp_path / "a.args").write_text(f"--name '$(touch {canary})' `touch {canary}`")
     with pytest.raises(SystemExit):
         options.parse_train_args([f"@{tmp_path}/a.args"])

@@ -11,15 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, in_process, places, write_folder
+from helpers import ID, ROOT, TINY, places, run, write_folder
 from PIL import Image
 
 import train
 from utils import device, options
 from utils.datasets import load_data
 from utils.image_sources import Files, Uniform
-
-RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 
 # A run that prints its resident memory, in bytes, after each evaluation and what follows it.
 WATCHED = """
@@ -46,16 +44,8 @@ sys.exit(status)
 def test_a_hundred_evaluations_grow_by_less_than_5_mb(tmp_path):
     """With averages, batch statistics and held-out images, all that a run keeps; on few images, to be quick."""
     write_folder(tmp_path / "photos", sizes=[(28, 28)], per_class=32)
-    words = [
-        "--name",
-        "run",
-        *TINY,
-        "--dataset",
-        "imagefolder",
-        "--data_dir",
-        str(tmp_path / "photos"),
-        *places(tmp_path),
-    ]
+    words = ["--name", "run", *TINY, "--dataset", "imagefolder", "--data_dir", str(tmp_path / "photos")]
+    words += places(tmp_path)
     words += "--num_steps 110 --eval_every 1 --save_every 1 --ema_decay 0.9 --val_fraction 0.3 --norm_type BN".split()
     command = [sys.executable, "-c", WATCHED, *words]
     # large blocks go back to the system at once, so that what the allocator keeps for later does not count
@@ -120,9 +110,8 @@ def test_a_continued_run_keeps_its_limit(tmp_path, monkeypatch):
     write_folder(tmp_path / "photos", sizes=[(20, 30), (40, 28)])
     words = ["--name", "run", *TINY, "--dataset", "imagefolder", "--data_dir", str(tmp_path / "photos")]
     words += ["--train_batch_size", "4", "--num_steps", "2", *places(tmp_path)]
-    done = in_process("train.py", *words)
-    assert done.returncode == 0, done.stderr
-    start = json.loads((tmp_path / "output" / f"{RUN}.jsonl").read_text().splitlines()[0])
+    run("train.py", *words)
+    start = json.loads((tmp_path / "output" / f"{ID}.jsonl").read_text().splitlines()[0])
     assert start["memory_limit"] > 0 and "memory_limit" not in start["settings"]
 
     def limit(*more: str) -> tuple[float, type]:
@@ -184,8 +173,7 @@ def test_three_hundred_photos_of_very_different_sizes(tmp_path):
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size).save(path)
     words = "--name run --model_type ViT-Ti_16 --patch_size 32 --bf16 --aug mild --train_batch_size 64".split()
     words += ["--eval_batch_size", "64", "--num_steps", "4", "--data_dir", str(tmp_path / "photos"), *places(tmp_path)]
-    then = "from utils import options; "
-    then += f"train.main(options.parse_train_args({words}))"
+    then = f"from utils import options; train.main(options.parse_train_args({words}))"
     empty, full = (
         int(subprocess.check_output([sys.executable, "-c", PEAK.format(then=what)], cwd=ROOT, text=True).split()[-1])
         for what in ("pass", then)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ID,
     ROOT,
     SIZES,
     TINY,
@@ -27,6 +28,7 @@ from helpers import (
     in_process,
     no_network,
     places,
+    run,
     write_cifar10,
     write_folder,
     write_google_npz,
@@ -38,7 +40,6 @@ from utils import cli, dist_util
 from utils.datasets import MINI
 from utils.image_sources import read_image
 
-RUN = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 MODEL = dict(image_size=28, patch_size=7, num_classes=10, **SIZES)
 
 
@@ -171,7 +172,7 @@ json.dump(answers, sys.stdout)
 
 @pytest.fixture(scope="module")
 def answers(good, bad, tmp_path_factory) -> dict[str, list]:
-    """What the scripts answer to FLAGS and PLOT, all in one process, without torch; FLAGS write nothing."""
+    """What the scripts answer to FLAGS, PLOT and what is right, in one process, without torch; FLAGS write nothing."""
     folder, calls = tmp_path_factory.mktemp("flags"), []
     for words, _ in FLAGS:
         words = words.format(bad=bad).split() if isinstance(words, str) else list(map(os.fsdecode, words))
@@ -179,11 +180,12 @@ def answers(good, bad, tmp_path_factory) -> dict[str, list]:
         words = [word for word in words if word.split("=")[0] not in env]
         calls.append(("train.py", ["--name", "run", *TINY, *places(folder), *words], env))
     calls += [("plot.py", words.format(bad=bad, good=good).split(), {}) for words, _ in PLOT]
+    calls += [("train.py", ["--help"], {}), ("plot.py", [str(good), "--out", str(tmp_path_factory.mktemp("out"))], {})]
     command = [sys.executable, "-c", WITHOUT_TORCH]
     done = subprocess.run(command, input=json.dumps(calls), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and not done.stderr and not list(folder.iterdir()), (done.stdout, done.stderr)
     found = [subprocess.CompletedProcess(*answer) for answer in json.loads(done.stdout)]
-    return {"train.py": found[: len(FLAGS)], "plot.py": found[len(FLAGS) :]}
+    return {"train.py": found[: len(FLAGS)], "plot.py": found[len(FLAGS) : -2], "right": found[-2:]}
 
 
 @pytest.mark.parametrize("i", range(len(FLAGS)))
@@ -194,6 +196,12 @@ def test_flags(answers, bad, i):
 @pytest.mark.parametrize("i", range(len(PLOT)))
 def test_plots(answers, i):
     one_line(answers["plot.py"][i], "plot.py", PLOT[i][1])
+
+
+def test_help_and_tables_need_no_torch(answers):
+    help_of_train, table = answers["right"]
+    assert help_of_train.returncode == table.returncode == 0
+    assert "--train_batch_size" in help_of_train.stdout and "results.csv" in table.stdout
 
 
 # --- answered by the model, before there is data: none is at {tmp}/nowhere ---
@@ -233,8 +241,7 @@ def png_header(width: int, height: int) -> bytes:
 def good(tmp_path_factory) -> Path:
     """A finished run of two steps."""
     folder = tmp_path_factory.mktemp("good")
-    done = in_process("train.py", "--name", "run", *TINY, "--num_steps", 2, *places(folder))
-    assert done.returncode == 0, done.stderr
+    run("train.py", "--name", "run", *TINY, "--num_steps", 2, *places(folder))
     return folder / "output"
 
 
@@ -278,7 +285,7 @@ def bad(good, tmp_path_factory) -> Path:
     np.savez(bad / "flat.npz", **arrays | {"head/kernel": np.ones(5, np.float32)})
     np.savez(bad / "object.npz", cls=np.array([Evil(bad / "ran")], dtype=object))
 
-    start, score = map(json.loads, (good / f"{RUN}.jsonl").read_text().splitlines()[:2])
+    start, score = map(json.loads, (good / f"{ID}.jsonl").read_text().splitlines()[:2])
     logs = {
         "bare": "",
         "middle": "{\n{}\n",
@@ -292,10 +299,10 @@ def bad(good, tmp_path_factory) -> Path:
     }
     for name, text in logs.items():
         (bad / "logs" / name).mkdir(parents=True)
-        (bad / "logs" / name / f"{RUN}.jsonl").write_text(text)
+        (bad / "logs" / name / f"{ID}.jsonl").write_text(text)
     for name, data in {"binary": b"\xff\xfe\0", "loss": b"Global Steps: 100\nValid Loss: high\n"}.items():
         (bad / "logs" / name).mkdir()
-        (bad / "logs" / name / f"{RUN}.txt").write_bytes(data)
+        (bad / "logs" / name / f"{ID}.txt").write_bytes(data)
     (bad / "logs" / "none").mkdir()
 
     write_folder(bad / "fine")
@@ -437,7 +444,7 @@ CHECKPOINTS = {
 def test_checkpoints(good, tmp_path, kind):
     change, expected = CHECKPOINTS[kind]
     path = tmp_path / f"{kind}.bin"
-    torch.save(change(torch.load(good / f"{RUN}_checkpoint.bin", weights_only=True)), path)
+    torch.save(change(torch.load(good / f"{ID}_checkpoint.bin", weights_only=True)), path)
     done = in_process("eval.py", path, "--plot", "position")
     one_line(done, "eval.py", expected)
     assert f"{path}: not a checkpoint of this train.py (" in done.stderr
@@ -478,7 +485,7 @@ EVAL = [
 def test_evaluation(good, bad, words, expected):
     before = sorted(good.iterdir())
     words = words.split() if isinstance(words, str) else words
-    words = [word.format(bad=bad, good=good / f"{RUN}_checkpoint.bin") for word in words]
+    words = [word.format(bad=bad, good=good / f"{ID}_checkpoint.bin") for word in words]
     one_line(in_process("eval.py", *words), "eval.py", expected)
     assert sorted(good.iterdir()) == before and not (bad / "ran").exists()
 
@@ -532,7 +539,7 @@ def test_mistakes_of_the_code_keep_their_traceback(capsys):
 )
 def test_in_a_process_of_its_own(good, bad, tmp_path, script, words):
     """Nothing of warnings or tracebacks beside the line, as a user sees it."""
-    words = words.format(bad=bad, tmp=tmp_path, good=good / f"{RUN}_checkpoint.bin").split()
+    words = words.format(bad=bad, tmp=tmp_path, good=good / f"{ID}_checkpoint.bin").split()
     one_line(call(script, *words, check=2), script, ": ")
     assert not list(tmp_path.iterdir())
 
@@ -581,7 +588,7 @@ def test_odd_names_are_names(good, tmp_path):
     for name in names:
         Image.fromarray(image).save(tmp_path / name, format="PNG")
     files = [tmp_path / name for name in names]
-    done = in_process("eval.py", good / f"{RUN}_checkpoint.bin", "--json", "--images", *files)
+    done = in_process("eval.py", good / f"{ID}_checkpoint.bin", "--json", "--images", *files)
     answers = json.loads(done.stdout)
     assert list(answers) == list(map(str, files)) and len({str(answer) for answer in answers.values()}) == 1
 
@@ -600,13 +607,12 @@ def test_odd_folder_is_trained_and_scored(tmp_path):
     (folder / "train" / ".hidden").mkdir()
     (folder / "train" / "stray.png").write_text("not of a class, so not read")
     words = ["--name=-é $}$", *TINY, "--dataset", "imagefolder", "--data_dir", folder, "--train_batch_size", 4]
-    done = in_process("train.py", *words, "--num_steps", 2, *places(tmp_path))
-    assert done.returncode == 0, done.stderr
+    done = run("train.py", *words, "--num_steps", 2, *places(tmp_path))
     assert "5 classes, 11 training and 10 test images" in done.stdout
-    path = tmp_path / "output" / f"-é $}}$_{RUN.removeprefix('run_')}_checkpoint.bin"
-    done = in_process("eval.py", path)
-    assert done.returncode == 0 and all(f"  {name}" in done.stdout for name in classes), done.stderr
-    assert in_process("plot.py", tmp_path / "output").returncode == 0
+    path = tmp_path / "output" / f"-é $}}$_{ID.removeprefix('run_')}_checkpoint.bin"
+    out = run("eval.py", path).stdout
+    assert all(f"  {name}" in out for name in classes)
+    run("plot.py", tmp_path / "output")
 
 
 @pytest.mark.parametrize(
@@ -614,15 +620,14 @@ def test_odd_folder_is_trained_and_scored(tmp_path):
     ["--num_steps 1_0", "--lr 1e-320", "--weight_decay -0", "--save_every 2147483647", "--eval_every 2000000000"],
 )
 def test_odd_numbers_are_numbers(tmp_path, words):
-    done = in_process("train.py", "--dry_run", "--name", "run", *TINY, *places(tmp_path), *words.split())
-    assert done.returncode == 0, done.stderr
+    done = run("train.py", "--dry_run", "--name", "run", *TINY, *places(tmp_path), *words.split())
     assert done.stdout.strip().startswith("10 steps" if "1_0" in words else "10000 steps")
     assert not list(tmp_path.iterdir())
 
 
 def test_more_classes_than_there_are(good, tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "a.png")
-    done = in_process("eval.py", good / f"{RUN}_checkpoint.bin", "--images", tmp_path / "a.png", "--top", 99, "--json")
+    done = in_process("eval.py", good / f"{ID}_checkpoint.bin", "--images", tmp_path / "a.png", "--top", 99, "--json")
     assert len(json.loads(done.stdout)[str(tmp_path / "a.png")]) == 10
 
 
@@ -673,10 +678,10 @@ def test_hostile_names_run_nothing(tmp_path):
                           env={**os.environ, **env})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "output"] and not (ROOT / "ran").exists()
-    run = f"{name}_ViT-Ti_16_norm_LN_fp_True_img_28_pretrain_F"
+    run_id = f"{name}_ViT-Ti_16_norm_LN_fp_True_img_28_pretrain_F"
     files = {path.name for path in (tmp_path / "output").iterdir()}
-    assert {f"{run}.jsonl", f"{run}_checkpoint.bin", f"{run}_curves.png", "results.md"} <= files
-    assert [path.name for path in (tmp_path / "logs").iterdir()] == [run]
-    checkpoint = tmp_path / "output" / f"{run}_checkpoint.bin"
-    assert in_process("eval.py", checkpoint, "--plot", "position").returncode == 0
-    assert in_process("eval.py", checkpoint).returncode == 0
+    assert {f"{run_id}.jsonl", f"{run_id}_checkpoint.bin", f"{run_id}_curves.png", "results.md"} <= files
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == [run_id]
+    checkpoint = tmp_path / "output" / f"{run_id}_checkpoint.bin"
+    run("eval.py", checkpoint, "--plot", "position")
+    run("eval.py", checkpoint)

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import SIZES, TINY, in_process, places, write_google_npz
+from helpers import SIZES, TINY, in_process, places, run, write_google_npz
 
 from eval import evaluate
 from models.vit import ViT
@@ -207,8 +207,7 @@ def test_scored_by_train_py(origin, tmp_path):
         forward = staticmethod(theirs)
 
     expected = evaluate(Theirs(), batches, CLASSES, torch.device("cpu"))
-    done = in_process("train.py", "--name", "x", *TINY, "--normalize", "half", "-v", "--load_model_dir", path)
-    assert done.returncode == 0, done.stderr
+    done = run("train.py", "--name", "x", *TINY, "--normalize", "half", "-v", "--load_model_dir", path)
     found = float(re.search(r"Valid Loss: ([\d.]+)", done.stdout)[1])
     assert found == pytest.approx(expected["loss"], abs=2e-4)
     assert f"({expected['correct']}/2000)" in done.stdout and f"Weights: {path}: 3" in done.stdout
@@ -434,15 +433,15 @@ def test_what_is_no_file_of_weights(tmp_path):
 def test_normalisation_of_the_weights(tmp_path):
     """The default where the file or its project says it, a line where a flag says otherwise, a hint by the name."""
     _, path = torchvision_vit(tmp_path)
-    run = ["train.py", *TINY, "-v", "--load_model_dir", path]
+    score = ["train.py", *TINY, "-v", "--load_model_dir", path]
     line = "trained with --normalize imagenet; this run normalises in another way"
-    assert line not in in_process(*run, "--name", "x").stdout
-    assert f"{path}: by what it comes from, {line}" in in_process(*run, "--name", "x", "--normalize", "half").stdout
+    assert line not in in_process(*score, "--name", "x").stdout
+    assert f"{path}: by what it comes from, {line}" in in_process(*score, "--name", "x", "--normalize", "half").stdout
     deit = tmp_path / "deit_tiny.pth"
     torch.save(timm_vit().state_dict(), deit)
-    run[-1] = deit
-    assert f"{deit}: by its name, {line}" in in_process(*run, "--name", "x").stdout
-    assert line not in in_process(*run, "--name", "x", "--normalize", "imagenet").stdout
+    score[-1] = deit
+    assert f"{deit}: by its name, {line}" in in_process(*score, "--name", "x").stdout
+    assert line not in in_process(*score, "--name", "x", "--normalize", "imagenet").stdout
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3}}))
     assert read_weights(deit).normalize == ([0.1] * 3, [0.2] * 3)
     write_google_npz(tmp_path / "w.npz", **SIZES, patch=7, grid=4, classes=CLASSES)  # in the same folder, of no JSON
@@ -454,7 +453,7 @@ def test_normalisation_of_the_weights(tmp_path):
 
 def test_own_checkpoint_brings_its_model(tmp_path):
     words = ["--num_steps", 2, "--eval_every", 2, "--aug", "none", *places(tmp_path)]
-    assert in_process("train.py", "--name", "bn", *TINY, "--norm_type", "BN", *words).returncode == 0
+    run("train.py", "--name", "bn", *TINY, "--norm_type", "BN", *words)
     (path,) = (tmp_path / "output").glob("bn_*_checkpoint.bin")
     score = ["train.py", "--name", "x", "--dataset", "fashionmnist-mini", "-v", "--load_model_dir", path]
     log = path.with_name(path.name.replace("_checkpoint.bin", ".jsonl"))
@@ -470,17 +469,15 @@ def test_own_checkpoint_brings_its_model(tmp_path):
     ]:
         done = in_process(*score, *words.split())
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
-    larger = in_process(*score, "--img_size", 42)
-    assert larger.returncode == 0 and "resized: pos_embed" in larger.stdout
+    assert "resized: pos_embed" in run(*score, "--img_size", 42).stdout
     more = "--name on --dataset fashionmnist-mini --num_steps 1 --train_batch_size 32".split()
-    assert in_process("train.py", *more, "--load_model_dir", path, *places(tmp_path)).returncode == 0
+    run("train.py", *more, "--load_model_dir", path, *places(tmp_path))
     assert (tmp_path / "output" / "on_ViT-Ti_16_norm_BN_fp_False_img_28_pretrain_T.txt").exists()
 
 
 def test_own_checkpoint_takes_other_scales(tmp_path):
     sizes = "--model_type MViT-Ti --img_size 16 --patch_size 4 --img_sizes 8 16 --heads 2".split()
-    assert in_process("train.py", "--name", "x", *TINY, *sizes, "--num_steps", 1, *places(tmp_path)).returncode == 0
+    run("train.py", "--name", "x", *TINY, *sizes, "--num_steps", 1, *places(tmp_path))
     (path,) = (tmp_path / "output").glob("*_checkpoint.bin")
     score = ["train.py", "--dataset", "fashionmnist-mini", "-v", "--load_model_dir", path, "--img_size", 24]
-    done = in_process(*score, "--img_sizes", 12, 24)
-    assert done.returncode == 0 and "resized: pos_embed" in done.stdout
+    assert "resized: pos_embed" in run(*score, "--img_sizes", 12, 24).stdout

@@ -9,10 +9,9 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, TINY, fork_train, in_process, places, write_folder
+from helpers import ID, ROOT, TINY, children, in_process, places, run, wait_for, write_folder
 from PIL import Image
 
-ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 WORDS = ["--name", "run", *[word for word in TINY if word not in ("--dataset", "fashionmnist-mini")]]
 
 
@@ -65,38 +64,9 @@ def test_small_shared_memory(photos, size, batch, workers):
     assert "End Training!" in done.stdout
 
 
-@pytest.fixture
-def start(tmp_path):
-    """Starts train.py as a process, which ends with the test."""
-    started = []
-
-    def begin(*words):
-        error = tmp_path / f"stderr{len(started)}"
-        started.append(fork_train(*words, error=error))
-        started[-1].error = error
-        return started[-1]
-
-    yield begin
-    for process in started:
-        for child in children(process.pid):
-            os.kill(child, signal.SIGKILL)
-        process.kill()
-        process.join()
-
-
-def children(pid: int) -> list[int]:
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            return list(map(int, file.read().split()))
-    except FileNotFoundError:
-        return []
-
-
 def wait_for_steps(process, photos, steps: int) -> None:
-    log, limit = photos.parent / "output" / f"{ID}.txt", time.monotonic() + 60
-    while not (log.exists() and log.read_text().count("Global Steps") >= steps):
-        assert process.is_alive() and time.monotonic() < limit, process.error.read_text()
-        time.sleep(0.01)
+    log = photos.parent / "output" / f"{ID}.txt"
+    wait_for(lambda: log.exists() and log.read_text().count("Global Steps") >= steps, process)
 
 
 def streamed(photos, *more) -> list[str]:
@@ -106,9 +76,7 @@ def streamed(photos, *more) -> list[str]:
 def test_a_killed_worker_is_one_line(start, photos):
     process = start(*streamed(photos, "--eval_every", 1000, "--save_every", 2))
     last = photos.parent / "output" / f"{ID}_last.bin"
-    while not (last.exists() and children(process.pid)):
-        assert process.is_alive(), process.error.read_text()
-        time.sleep(0.01)
+    wait_for(lambda: last.exists() and children(process.pid), process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     process.join(30)
     error = process.error.read_text()
@@ -156,8 +124,8 @@ def test_a_file_that_vanishes_or_breaks_in_mid_run(broken, reason, refusal, star
     assert process.exitcode == 2 and error.count("\n") == 1, error
     assert f"{gone}: not a readable image ({reason}" in error
     steps = (photos.parent / "output" / f"{ID}.txt").read_text().count("Global Steps")
-    refused = in_process("train.py", *streamed(photos))
-    assert refused.returncode == 2 and refusal in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    refused = run("train.py", *streamed(photos), check=2)
+    assert refusal in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
     assert broken or "bring them back, or start anew" in refused.stderr
     (photos.parent / "kept.png").rename(gone)
     again = start(*streamed(photos))
@@ -170,7 +138,7 @@ def test_a_file_that_vanishes_or_breaks_in_mid_run(broken, reason, refusal, star
 @pytest.fixture
 def begun(photos):
     """A finished run, and what the same command says after a change."""
-    assert in_process("train.py", *words(photos, "--test_fraction", 0.5)).returncode == 0
+    run("train.py", *words(photos, "--test_fraction", 0.5))
 
     def again(*more) -> str:
         done = in_process("train.py", *words(photos, "--test_fraction", 0.5, *more))
@@ -224,10 +192,10 @@ def test_a_run_without_fingerprint_goes_on(begun, photos):
     [("", True), ("--norm_type BN", False), ("--norm_type Rescale", False), ("--stem residual --patch_size 4", False)],
 )
 def test_other_accumulation_goes_on_unless_norms_count_passes(photos, flags, goes_on):
-    run = words(photos, *flags.split())
-    assert in_process("train.py", *run).returncode == 0
-    done = in_process("train.py", *run, "--gradient_accumulation_steps", "2")
+    own = words(photos, *flags.split())
+    run("train.py", *own)
+    done = in_process("train.py", *own, "--gradient_accumulation_steps", "2")
     assert ("is finished" in done.stdout) == goes_on, done.stderr
-    more = in_process("train.py", *run, "--num_steps", "4", "--extend", "--gradient_accumulation_steps", "2")
+    more = in_process("train.py", *own, "--num_steps", "4", "--extend", "--gradient_accumulation_steps", "2")
     assert ("Resuming" in more.stdout and "End Training!" in more.stdout) == goes_on, more.stderr
     assert goes_on or "gradient_accumulation_steps 1 -> 2" in done.stderr

@@ -5,7 +5,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, in_process, places, write_folder
+from helpers import ID, TINY, places, run, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -345,13 +345,10 @@ def test_the_data_is_shown_before_the_first_step(tmp_path):
     write_classes(tmp_path / "photos", cat=10, dog=6)
     words = ["--name", "run", *TINY, "--data_dir", tmp_path / "photos", "--train_batch_size", 4, "--num_steps", 1]
     words = [word for word in words if word not in ("--dataset", "fashionmnist-mini")]
-    done = in_process("train.py", *words, *places(tmp_path))
-    assert done.returncode == 0, done.stderr
+    done = run("train.py", *words, *places(tmp_path))
     before = done.stdout[: done.stdout.index("Global Steps")]
     assert "Images a class, train/test: cat 8/2, dog 5/1" in before and "No test images, so 0.2" in before
-    checkpoint = tmp_path / "output" / "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F_checkpoint.bin"
-    scored = in_process("eval.py", checkpoint)
-    assert "/3)" in scored.stdout, scored.stderr
+    assert "/3)" in run("eval.py", tmp_path / "output" / f"{ID}_checkpoint.bin").stdout
 
 
 def test_of_many_classes_the_largest_and_smallest_are_shown(tmp_path):

@@ -12,11 +12,10 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, call
+from helpers import ROOT, call, wait_for
 
 import plot
 from utils import results
@@ -230,20 +229,6 @@ def test_one_file_alone_and_a_cut_last_line(tmp_path):
     assert len(list((tmp_path / "new" / "folder").iterdir())) == 4
 
 
-def test_plots_need_no_torch(tmp_path):
-    write_run(tmp_path / "good", [0.1, 0.2, 0.3, 0.4])
-    code = f"""
-import runpy, sys
-sys.argv = ["plot.py", {str(tmp_path / "good")!r}]
-try:
-    runpy.run_path("plot.py", run_name="__main__")
-finally:
-    assert "torch" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "results.csv" in done.stdout, done.stderr
-
-
 # ---------------------------------------------------------------- sweeps
 
 SMALL = (
@@ -277,13 +262,6 @@ class Sweep:
         """When each finished run was last written, by norm and seed."""
         paths = [path for path in self.output.glob("*.jsonl") if '"event": "end"' in path.read_text()]
         return {path.stem.split("_norm_")[1]: path.stat().st_mtime_ns for path in paths}
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    limit = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < limit
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -373,15 +351,10 @@ def test_epochs_that_make_the_same_steps_are_no_difference(tmp_path):
     files = RunFiles(tmp_path, tmp_path, "run")
     files.json.write_text(json.dumps(start) + '\n{"event": "eval"}\n')
 
-    def differing(**now):
-        return files.differences(now)
-
     for epochs, names in ((0.1, []), (0.1024, []), (0.12, ["num_steps 16 -> 19"])):
-        assert differing(num_steps=None, epochs=epochs, learning_rate=0.03) == names
-    assert differing(num_steps=17, epochs=None, learning_rate=0.01) == [
-        "num_steps 16 -> 17",
-        "learning_rate 0.03 -> 0.01",
-    ]
+        assert files.differences(dict(num_steps=None, epochs=epochs, learning_rate=0.03)) == names
+    changed = files.differences(dict(num_steps=17, epochs=None, learning_rate=0.01))
+    assert changed == ["num_steps 16 -> 17", "learning_rate 0.03 -> 0.01"]
 
 
 def test_the_whole_sweep_is_the_published_one(tmp_path):

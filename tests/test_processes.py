@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FORKS, ROOT, TINY, in_process, places, same, weights, write_folder
+from helpers import FORKS, ID, ROOT, TINY, in_process, places, run, same, wait_for, weights, write_folder
 
 import train as script
 from utils import cli, dist_util, options
 from utils.results import read_board
 from utils.run_files import read_records
 
-ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 WORDS = ["--name", "run", *TINY, "--num_steps", 5, "--eval_every", 3, "--dropout", 0]
 
 
@@ -78,14 +77,6 @@ def train(processes: int, folder: Path, *words) -> list[str]:
     return World(processes, folder, "train.py", *words, *places(folder)).end(*processes * [0])
 
 
-def wait_for(condition, running) -> None:
-    """Until a condition holds, while `running()` does."""
-    limit = time.monotonic() + 120
-    while not condition():
-        assert running() and time.monotonic() < limit
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """An image folder with 16 training and 7 test images, 4 and 3 of a class."""
@@ -101,7 +92,7 @@ def one(photos, tmp_path_factory):
     """The flags, and a run with them of one process."""
     words = [*WORDS, "--dataset", "imagefolder", "--data_dir", photos, "--train_batch_size", 8]
     folder = tmp_path_factory.mktemp("one")
-    assert in_process("train.py", *words, *places(folder)).returncode == 0
+    run("train.py", *words, *places(folder))
     return words, folder
 
 
@@ -126,8 +117,7 @@ def assert_same_result(folder: Path, one: Path) -> None:
 
 def test_four_accumulation_steps(one, tmp_path):
     words, folder = one
-    done = in_process("train.py", *words, "--gradient_accumulation_steps", 4, *places(tmp_path))
-    assert done.returncode == 0, done.stderr
+    run("train.py", *words, "--gradient_accumulation_steps", 4, *places(tmp_path))
     assert_same_result(tmp_path, folder)
 
 
@@ -206,7 +196,7 @@ def test_mistake_that_one_process_meets_is_told(tmp_path):
 def test_locked_run_refuses_all_processes(tmp_path):
     words = [*WORDS, "--num_steps", 5000, "--save_every", 1, *places(tmp_path)]
     first = World(1, tmp_path, "train.py", *words)
-    wait_for((tmp_path / "output" / f"{ID}_last.bin").exists, first.processes[0].is_alive)
+    wait_for((tmp_path / "output" / f"{ID}_last.bin").exists, first.processes[0])
     (tmp_path / "others").mkdir()
     holder, other = World(2, tmp_path / "others", "train.py", *words, "--overwrite").end(2, 2)
     assert holder.count("\n") == 1 and f"is running already ({socket.gethostname()}, process " in holder
@@ -260,7 +250,7 @@ def assert_same_end(folder: Path, whole: Path) -> None:
 @pytest.mark.parametrize("lost", [0, 1])
 def test_others_end_when_one_is_lost_and_the_same_command_goes_on(whole, tmp_path, lost):
     world = World(2, tmp_path, "train.py", *LONG, *places(tmp_path))
-    wait_for((tmp_path / "output" / f"{ID}_last.bin").exists, world.processes[1 - lost].is_alive)
+    wait_for((tmp_path / "output" / f"{ID}_last.bin").exists, world.processes[1 - lost])
     world.processes[lost].kill()
     outs = world.end(*((-9, 2) if lost == 0 else (2, -9)))
     # the first process speaks for all
@@ -303,9 +293,9 @@ def test_torchrun_starts_all_anew_or_ends_all(whole, tmp_path):
     """After the first loss it may restart them, after the second no more; in between they go on from the last save."""
     log, words = tmp_path / "output" / f"{ID}.txt", [*LONG, *places(tmp_path)]
     agent = launch(*words, options=["--rdzv-endpoint", "localhost:0", "--max-restarts", 1])
-    wait_for(log.with_name(f"{ID}_last.bin").exists, lambda: agent.poll() is None)
+    wait_for(log.with_name(f"{ID}_last.bin").exists, agent)
     os.kill(workers(agent)["1"], signal.SIGKILL)
-    wait_for(lambda: "Resuming" in log.read_text(), lambda: agent.poll() is None)
+    wait_for(lambda: "Resuming" in log.read_text(), agent)
     os.kill(workers(agent)["0"], signal.SIGKILL)
     out = agent.communicate(timeout=120)[0]
     assert agent.returncode == 1 and log.read_text().count("Resuming") == 1 and not workers_left(tmp_path), out

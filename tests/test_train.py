@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    ID,
     ROOT,
     SIZES,
     TINY,
     accept_any_cifar,
     call,
     fork_train,
-    in_process,
     places,
+    run,
     same,
     weights,
     write_cifar10,
@@ -33,15 +34,7 @@ from utils import options
 from utils.results import read_run
 from utils.run_files import RunFiles
 
-ID = "run_ViT-Ti_16_norm_LN_fp_False_img_28_pretrain_F"
 SHORT = ["--name", "run", *TINY]
-
-
-def run(script: str, *words, check: int = 0) -> subprocess.CompletedProcess:
-    """A script in this process; `check` is the exit status expected."""
-    done = in_process(script, *words)
-    assert done.returncode == check, (done.stdout, done.stderr)
-    return done
 
 
 def records(folder: Path, run: str = ID) -> list[dict]:
@@ -456,19 +449,6 @@ def test_lines_of_the_references(cifar, tmp_path):
 
 
 # ---------------------------------------------------------------- the command line
-
-
-def test_help_needs_no_torch():
-    code = """
-import runpy, sys
-sys.argv = ["train.py", "--help"]
-try:
-    runpy.run_path("train.py", run_name="__main__")
-finally:
-    assert "torch" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "--train_batch_size" in done.stdout, done.stderr
 
 
 def test_default_folders_are_ignored_by_git():

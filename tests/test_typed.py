@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from helpers import ROOT, SIZES, in_process, places
+from helpers import ROOT, SIZES, in_process, places, run
 from tqdm import tqdm
 
 import train
@@ -70,14 +70,14 @@ def test_their_lines(script, words, weights, tmp_path):
     )
     if words == ["-v", "true"]:  # of a run that is there
         words = [*SHORT.split(), *FAMILY["ViT"][0].split(), *places(tmp_path)]
-        assert in_process("train.py", *words).returncode == 0
-        done = in_process("train.py", "-v", "true", *words)
-        assert done.returncode == 0 and "Valid Accuracy" in done.stdout, done.stderr
+        run("train.py", *words)
+        done = run("train.py", "-v", "true", *words)
+        assert "Valid Accuracy" in done.stdout
         (best,) = (tmp_path / "output").glob("*_checkpoint.bin")
         assert f"Weights: {best}: 32 tensors loaded\n" in done.stdout
         best.unlink()
-        done = in_process("train.py", "-v", "true", *words)
-        assert done.returncode == 2 and f"-v evaluates --load_model_dir FILE, or {best} or " in done.stderr
+        done = run("train.py", "-v", "true", *words, check=2)
+        assert f"-v evaluates --load_model_dir FILE, or {best} or " in done.stderr
         return
     words += [*SHORT.split(), *FAMILY[family][0].split(), *places(tmp_path)]
     if {"-w", "--pretrained", "--pretrained_dir", "--pretrained_weight", "--eval"} & set(words):
