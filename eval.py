@@ -215,17 +215,15 @@ def predict_folder(run: Classifier, folders: list[str], args: Namespace, out: Pa
         print(not_read(others), file=sys.stderr)
     unreadable, rows, path = [], [], out / "predictions.csv"
     for start in tqdm(range(0, len(files), 32), desc="classifying", unit=" x 32", disable=None, leave=False):
-        inputs, readable = [], []
+        readable, images = [], []
         for file in files[start : start + 32]:
             try:
-                inputs += run.inputs(file)
+                images.append(read_image(file, short_side(run.args)))
                 readable.append(file)
             except UserError as error:
                 unreadable.append(str(error))
-        if readable:
-            probability, label = run.probabilities(torch.cat(inputs)).topk(min(2, len(run.classes)), dim=1)
-            for file, p, i in zip(readable, probability.tolist(), label.tolist(), strict=True):
-                rows.append([file, run.classes[i[0]], f"{p[0]:.4f}", run.classes[i[1]] if len(i) > 1 else ""])
+        for file, ((name, p), *second) in zip(readable, run.predict(images, top=2), strict=True):
+            rows.append([file, name, f"{p:.4f}", second[0][0] if second else ""])
     refuse(not rows, "; ".join([f"none of {len(files)} images can be read", *unreadable[:1]]))
     with refusing(f"{path}: cannot be written", "choose another --output_dir", OSError):
         out.mkdir(parents=True, exist_ok=True)
