@@ -215,19 +215,6 @@ def test_residual_stem():
     assert_close(tokens, expected)
 
 
-@pytest.mark.parametrize("model_type,parameters", [("DEMS-Ti", 5_648_168), ("DEMS-S", 22_349_064)])
-def test_parameter_counts_with_fixed_tables(model_type, parameters):
-    with torch.device("meta"):
-        model = create_model(model_type, image_size=32, num_classes=10)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
-        "pos_embed",
-        "pos_embed_2",
-        "pos_embed_4",
-        "pos_embed_8",
-    }
-
-
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_row_makes_a_model(model_type):
     with torch.device("meta"):
