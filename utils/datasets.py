@@ -102,8 +102,7 @@ def cifar(root: Path, cls: str, **fetch) -> tuple[dict, list[str]]:
         try:
             part = cls(str(root), train=split == "train")
         except Exception:  # missing, damaged or of other sums
-            _download(cls, root, **fetch)
-            part = cls(str(root), train=split == "train")
+            part = _download(cls, root, train=split == "train", **fetch)
         splits[split] = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
     return splits, part.classes
 
@@ -175,15 +174,15 @@ def _idx_set(folder: Path, prefixes: tuple[str, str], fetch: Callable[[], None])
     return {"train": (arrays[0][:, None], arrays[1]), "test": (arrays[2][:, None], arrays[3])}
 
 
-def _download(cls: type, root: Path, file: str, folder: str, url: str, **words) -> None:
-    """Let torchvision download (or unpack) a data set, with its checksums and its bar.
+def _download(cls: type, root: Path, file: str, folder: str, url: str, **words):
+    """Let torchvision download (or unpack) a data set, with its checksums and its bar, and return it.
 
     Without network, a user puts `file` from `url` into `folder`.
     """
     way_out = f"put {file} from {url} into {root / folder}/"
     with refusing(f"{cls.__name__} is not there and can't be downloaded", way_out):
         root.mkdir(parents=True, exist_ok=True)
-        cls(str(root), download=True, **words)
+        return cls(str(root), download=True, **words)
 
 
 def load_data(

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from utils.cli import UserError, refuse, refusing
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-SPLITS |= {"testing": "test"}
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test")
 NO_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows the name alone, or calls another program
 LAYOUTS = "it holds CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg"
 
