@@ -85,7 +85,7 @@ GROUPS = {
         "no label smoothing": f"{SHORT} --smoothing 0",
         "flip alone": f"{SHORT} --aug flip",
     },
-    "equal": {  # half of the steps of equal_lr, whose runs are of a GPU, and the rate that it shows best for all
+    "equal": {  # half of the steps of equal_lr, and the rate that it shows best for all
         kind: f"{CIFAR} {flags} --lr 2e-3 --num_steps 1000 --warmup_steps 100" for kind, flags in KINDS.items()
     },
     "equal_lr": {
