@@ -130,6 +130,8 @@ def test_merges_before_other_blocks(tmp_path):
     assert len(load_weights(first, path).loaded) == len(first.state_dict())
     with pytest.raises(UserError, match=r"merges tokens before blocks \[1, 2\], the model before \[2, 3\]"):
         load_weights(other, path)
+    with pytest.raises(UserError):  # a model without merges
+        load_weights(tiny(depth=3, image_size=32), path)
 
 
 # ---------------------------------------------------------------- refusals

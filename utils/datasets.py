@@ -86,7 +86,7 @@ class Data:
     selected_on: str  # 'val' or 'test'
     notes: list[str] = field(default_factory=list)  # lines for the log
     files: dict[str, dict] = field(default_factory=dict)  # `ImageSet.fingerprint` of train, val and test
-    drawn: float | None = None  # the part of the images that was drawn by the seed for `test`; None: they are so
+    drawn: float | None = None  # share of the images that the seed drew for `test`; None where these are given
 
     def to(self, device: torch.device) -> "Data":
         """Move the images that are in memory to the device, once."""

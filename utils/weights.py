@@ -315,7 +315,7 @@ def _check_model(file: WeightFile, state: State, target: State, model: nn.Module
     wrong = file.heads not in (None, heads)
     refuse(wrong, f"{path}: has {file.heads} attention heads, the model {heads}; another --model_type or --heads?")
     if merges := (file.own.get("config") or {}).get("merge_layer"):
-        ours = [index + 1 for index in model.merges]
+        ours = [index + 1 for index in getattr(model, "merges", ())]  # a ViT has none
         wrong = [*merges] != ours
         refuse(wrong, f"{path}: merges tokens before blocks {merges}, the model before {ours}; another --merge_layer?")
     body = [name for name, _ in model.named_parameters() if not name.startswith("head.")]
