@@ -52,12 +52,14 @@ KINDS = {
     "DEMS, conv stem": f"{DEMS_6} --stem conv",
     "DEMS, its augmentation": f"{DEMS_6} --aug dems --scale 0.2 1",
 }
+HALF = "--num_steps 1000 --warmup_steps 100"
 RATES = ("5e-4", "1e-3", "2e-3")
 PEER = "--dataset cifar10 --img_size 32 --bf16 --dropout 0 --aug pad --normalize cifar --smoothing 0.1 --opt adamw"
 PEER += " --train_batch_size 128 --warmup_steps 391 --eval_every 391"
 CCT = f"benchmarks/peers.py --model_type CCT-2_3x2 {PEER} --weight_decay 0.03 --max_grad_norm 0 --num_steps 4692"
 TIMM = f"benchmarks/peers.py --model_type timm-ViT --patch_size 4 --dim 128 --depth 6 --heads 4 --mlp_dim 512 {PEER}"
 SHORT = "@recipes/fast_vit_cifar10.args --val_fraction 0.1 --num_steps 1400 --warmup_steps 140 --eval_every 1400"
+RACE = "@recipes/fast_vit_cifar10.args --num_steps 1564 --warmup_steps 156 --eval_every 391"
 LEVELS = (70, 80, 85, 90)  # percent
 GROUPS = {
     "cifar10": {
@@ -65,11 +67,9 @@ GROUPS = {
         "ViT, residual stem, 4.5 epochs": "@recipes/fast_vit_cifar10_10min.args",
     },
     "race": {
-        "ViT, residual stem, 2 epochs": (
-            "@recipes/fast_vit_cifar10.args --num_steps 1564 --warmup_steps 156 --eval_every 391"
-        ),
-        "CCT-2/3x2, AdamW 1e-3, 12 epochs": f"{CCT} --lr 1e-3",
-        "CCT-2/3x2, AdamW 2e-3, 12 epochs": f"{CCT} --lr 2e-3",
+        "ViT, residual stem, 2 epochs": RACE,
+        "the same, learning rate 5e-3": f"{RACE} --lr 5e-3",
+        **{f"CCT-2/3x2, AdamW {lr}, 12 epochs": f"{CCT} --lr {lr}" for lr in ("1e-3", "2e-3", "4e-3")},
         "timm's ViT, AdamW 1e-3, 5 epochs": f"{TIMM} --weight_decay 0.05 --lr 1e-3 --num_steps 1955",
     },
     "cifar10_ablation": {
@@ -85,8 +85,9 @@ GROUPS = {
         "no label smoothing": f"{SHORT} --smoothing 0",
         "flip alone": f"{SHORT} --aug flip",
     },
-    "equal": {  # half of the steps of equal_lr, and the rate that it shows best for all
-        kind: f"{CIFAR} {flags} --lr 2e-3 --num_steps 1000 --warmup_steps 100" for kind, flags in KINDS.items()
+    "equal": {  # half of the steps of equal_lr, and the rate that it shows best for all but one
+        **{kind: f"{CIFAR} {flags} --lr 2e-3 {HALF}" for kind, flags in KINDS.items()},
+        "DEMS, conv stem, 1e-3": f"{CIFAR} {KINDS['DEMS, conv stem']} --lr 1e-3 {HALF}",
     },
     "equal_lr": {
         f"{kind}, {lr}": f"{CIFAR} {flags} --lr {lr} --val_fraction 0.1"
