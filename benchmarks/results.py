@@ -84,6 +84,9 @@ GROUPS = {
         "cosine decay": f"{SHORT} --decay_type cosine",
         "no label smoothing": f"{SHORT} --smoothing 0",
         "flip alone": f"{SHORT} --aug flip",
+        "averaged weights, decay 0.99": f"{SHORT} --ema_decay 0.99",
+        "narrower, depth 10": f"{SHORT} --dim 96 --heads 3 --mlp_dim 384 --depth 10",
+        "wider, depth 1": f"{SHORT} --dim 160 --heads 5 --mlp_dim 640 --depth 1",
     },
     "equal": {  # half of the steps of equal_lr, and the rate that it shows best for all but one
         **{kind: f"{CIFAR} {flags} --lr 2e-3 {HALF}" for kind, flags in KINDS.items()},
