@@ -324,8 +324,9 @@ def plan(args: argparse.Namespace) -> list[Item]:
     speed = ["env", "TORCHDYNAMO_DISABLE=1"] if toy else []  # as `training` compiles, for a minute on a CPU
     speed += [sys.executable, ROOT / "benchmarks" / "throughput.py", *device, "--bf16"]
     speed += ["--rounds", "1" if toy else "3", "--seconds", "0.01" if toy else "0.5"]
-    for model, words in [*THROUGHPUT.items()][: 1 if toy else None]:
-        for name, flags, seconds in ((f"{model}, eager", [], 40), (f"{model}, compiled", ["--compile"], 150)):
+    for how, flags, seconds in (("eager", [], 40), ("compiled", ["--compile"], 200)):
+        for model, words in [*THROUGHPUT.items()][: 1 if toy else None]:
+            name = f"{model}, {how}"
             path = args.runs / f"{name}.json"
             command = [*speed, *words.split(), *flags, *toy, "--json", path]
             items.append(Item("throughput", name, seconds, command, path, partial(throughput_row, name)))

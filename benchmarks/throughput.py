@@ -9,7 +9,8 @@ Other flags go to train.py; what isn't given is its default, dropout included. T
   end to end      train.py's own update on images of fashionmnist-mini, or of --dataset: data, augmentation, AdamW
   in place        the same update on one batch that already lies on the device
   timm            a plain loop around timm's VisionTransformer of the same sizes, dropout and precision, one batch in
-                  place; with or without torch's fused attention and channels_last, whichever is the fastest here
+                  place; with or without torch's fused attention and channels_last, whichever is the fastest here when
+                  not compiled
   plain           the same in the style of jeonsworld/ViT-pytorch: float32, three linear layers for q, k and v, softmax
                   spelled out
   --vs FILE       the same loop around the class of this model in another version of its file
@@ -105,8 +106,6 @@ def peers(args: Namespace, config: dict, precision: str, images: torch.Tensor, v
     labels = torch.randint(0, config["num_classes"], (len(images),), device=device)
 
     def peer(model: nn.Module, images: torch.Tensor = images, precision: str = precision) -> Peer:
-        if args.compile:
-            model.compile()
         return Peer(model.to(device), images, labels, precision)
 
     if args.model_type.startswith("ViT"):
@@ -130,6 +129,8 @@ def peers(args: Namespace, config: dict, precision: str, images: torch.Tensor, v
             words.pop("norm_type", None)
         cls = MODELS[args.model_type]["cls" if args.norm_type == "LN" else "norm_cls"].split(":")[1]
         found[f"{vs.name}, {precision}"] = peer(runpy.run_path(str(vs))[cls](**words))
+    for contestant in found.values() if args.compile else ():
+        contestant.model.compile()
     return found
 
 
