@@ -119,6 +119,12 @@ def test_checkpoints_of_this_project(tmp_path):
     torch.save(tiny(num_classes=4).state_dict(), path)
     with pytest.raises(UserError, match="its head is of 4 classes, the data has 10"):
         load_weights(model, path, exact=True)
+    torch.save(tiny(dim=64).state_dict(), path)  # as many classes
+    with pytest.raises(UserError, match=r"cls_token is \(1, 1, 64\) in the file, \(1, 1, 32\) in the model"):
+        load_weights(model, path, exact=True)
+    torch.save(state | {"head.weight": torch.zeros(10, 64)}, path)  # reads more than the class token
+    with pytest.raises(UserError, match=r"head.weight is \(10, 64\) in the file, \(10, 32\) in the model"):
+        load_weights(model, path, exact=True)
 
 
 def test_merges_before_other_blocks(tmp_path):

@@ -355,7 +355,7 @@ def _check_names(
     absent = [name for name in missing if not _matches(name, anew)]
     why = next((f" ({reason})" for name, reason in weight_names.ABSENT.items() if name in absent), "")
     refuse(absent, f"{path}: lacks {_few(absent)}{why}; another --model_type, --norm_type or kind of model?")
-    if exact and not keep_head:
+    if exact and not keep_head and state["head.weight"].shape[1:] == target["head.weight"].shape[1:]:
         classes, wanted = (len(of["head.weight"]) for of in (state, target))
         raise UserError(f"{path}: its head is of {classes} classes, the data has {wanted}")
     return left, missing
@@ -392,7 +392,7 @@ def load_weights(
             with refusing(f"{path}: pos_embed does not fit", "another kind of file?"):
                 value = _fit_positions(file, value, tensor.shape[1], model.grid, bare)
         _check_tensor(path, name, value, tensor)
-        if name in heads and not keep_head:
+        if name in heads and not keep_head and not exact:
             report.reinitialised.append(name)
         elif value.shape == tensor.shape:
             (report.loaded if value is state[name] else report.resized).append(name)
