@@ -367,6 +367,14 @@ def test_what_only_flags_beside_the_weights_tell(tmp_path):
         assert expected in message(ours(), path)
 
 
+def test_norms_without_biases(tmp_path):
+    """RMSNorm has the names of LayerNorm."""
+    norm = pytest.importorskip("timm.layers").RmsNorm
+    _, path = saved(timm_vit(norm_layer=norm), tmp_path)
+    for exact in (True, False):
+        assert "lacks blocks.0.norm1.bias, blocks.0.norm2.bias" in message(ours(), path, exact=exact)
+
+
 def test_refused_projects(tmp_path):
     package = pytest.importorskip("vit_pytorch")
     model = package.ViT(image_size=28, patch_size=7, num_classes=10, dim=32, depth=2, heads=2, mlp_dim=64)

@@ -218,8 +218,9 @@ def _fold_layer_scale(state: State, target: State) -> State:
 
 
 def _complete(state: State, target: State, notes: list[str]) -> None:
-    """Zeros for a bias that the file's layers have not."""
-    bare = [n for n in target if n.endswith(".bias") and n not in state and f"{n.removesuffix('bias')}weight" in state]
+    """Zeros for a bias that the file's layers have not; norms without may be RMSNorm, and get none."""
+    layers = {name.removesuffix("weight") for name, value in state.items() if value.ndim > 1}
+    bare = [name for name in target if name not in state and name.removesuffix("bias") in layers]
     for name in bare:
         state[name] = torch.zeros_like(target[name])
     if bare:
