@@ -196,6 +196,15 @@ def test_logits_are_the_projects_own(origin):
     assert expected.std() > 0.1 and (model(x) - expected).abs().max() < 1e-4
 
 
+def test_average_of_torchvisions_train_py(tmp_path):
+    """As its reference scripts save it: the state of torch's AveragedModel, which counts its updates."""
+    model, path = torchvision_vit(tmp_path)
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    torch.save({"model": model.state_dict(), "model_ema": averaged.state_dict()}, path)
+    report = load_weights(ours(), path, exact=True)
+    assert len(report.loaded) == 32 and report.ignored == ["n_averaged"]
+
+
 def test_scored_by_train_py(origin, tmp_path):
     """-v gives the loss that the project's own model has on the same images."""
     theirs, path = origin

@@ -133,6 +133,7 @@ HARMLESS = (
     r"^decoder[._]", r"^mask_token$", r"^masked_embed$",  # of pretraining by reconstruction
     r"^(?:base_encoder|momentum_encoder|predictor|projector|student|teacher)\.",  # other networks of a pretraining
     r"^pooler\.",  # of Hugging Face's, not on the way to its logits
+    r"^n_averaged$",  # of torch's AveragedModel
 )
 # What a new head does without: layers before the old one, which the published implementations leave out, too.
 HARMLESS_AT_FINE_TUNING = (r"^pre_logits\.",)
