@@ -205,6 +205,16 @@ def test_average_of_torchvisions_train_py(tmp_path):
     assert len(report.loaded) == 32 and report.ignored == ["n_averaged"]
 
 
+def test_heads_that_users_put_on_torchvisions(tmp_path):
+    model, path = torchvision_vit(tmp_path)
+    head = model.heads.head
+    for model.heads in (head, torch.nn.Sequential(head)):
+        saved(model, tmp_path)
+        vit = ours()
+        assert len(load_weights(vit, path, exact=True).loaded) == 32
+        assert torch.equal(vit.head.weight, head.weight) and torch.equal(vit.head.bias, head.bias)
+
+
 def test_scored_by_train_py(origin, tmp_path):
     """-v gives the loss that the project's own model has on the same images."""
     theirs, path = origin

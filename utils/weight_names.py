@@ -71,6 +71,7 @@ TORCHVISION = (
     (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
     (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
     (r"^encoder\.ln\.", "norm."),
+    (r"^heads\.(?:(?:head|0)\.)?(?=weight|bias)", "head."),  # users put a Linear in its place, or into it
     (r"^heads\.", ""),
 )
 LUKEMELAS = (
