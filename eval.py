@@ -107,6 +107,8 @@ class Classifier:
                 image = read_image(image, short_side(self.args))
             if isinstance(image, Image.Image):
                 image = pil_to_tensor(as_rgb(image))
+            fits = image.ndim == 3 and len(image) in (1, 3) and image.numel()
+            refuse(not fits, f"an image is (1 or 3, height, width) pixels, not {tuple(image.shape)}")
             if image.is_floating_point():
                 known = (image > -0.5).all() and (image < 1.5).all()  # a resize may overshoot
                 refuse(not known, "pixels of floats are from 0 to 1; bytes, from 0 to 255, are taken, too")

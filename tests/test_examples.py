@@ -84,6 +84,9 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
             loaded.predict(wrong)
     with pytest.raises(UserError, match="pixels are bytes or floats, not torch.int32"):
         loaded.predict(257 * images.int())  # as 16-bit gray is read
+    for wrong in (images[0, 0], images.expand(-1, 4, -1, -1), images[None], images[:, :, :0]):
+        with pytest.raises(UserError, match=r"an image is \(1 or 3, height, width\) pixels, not \("):
+            loaded.predict(wrong)
     run("eval.py", checkpoint, "--plot", "errors")
     assert [path.name for path in checkpoint.parent.glob("*_errors.png")]
     done = in_process("eval.py", checkpoint, "--plot", "attention")
