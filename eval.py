@@ -168,8 +168,9 @@ def load_run(path: str | Path, device: torch.device | str = "auto") -> Classifie
     UserError: not a checkpoint of train.py.
     """
     state = checkpoint.read_file(path)
+    device = choose_device(device) if isinstance(device, str) else device
     with refusing(f"{path}: not a checkpoint of this train.py", "score bare weights with train.py -v"):
-        return Classifier(path, state, choose_device(device) if isinstance(device, str) else device)
+        return Classifier(path, state, device)
 
 
 def score(run: Classifier, args: Namespace, folder: Path) -> None:

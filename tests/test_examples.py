@@ -75,6 +75,8 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
         "train.py", *FLAGS, *places(tmp_path), "-v", "true", "--load_model_dir", checkpoint
     )
     data = load_data("fashionmnist-mini", train=False)
+    with pytest.raises(RuntimeError, match="^Expected one of cpu"):  # not of the file
+        load_run(checkpoint, "gpu")
     loaded, images = load_run(checkpoint, "cpu"), data.test.source.images[:1]
     ((best, probability),) = loaded.predict(images, top=1)[0]
     assert best in data.classes and 0.1 < probability <= 1
