@@ -143,6 +143,11 @@ def test_merges_before_other_blocks(tmp_path):
 # ---------------------------------------------------------------- refusals
 
 
+def test_tensors_on_the_meta_device_hold_nothing(tmp_path):
+    torch.save(tiny().state_dict() | {"norm.weight": torch.ones(32, device="meta")}, tmp_path / "w.pth")
+    assert "norm.weight is no dense tensor; save the weights again" in message(load_weights, tiny(), tmp_path / "w.pth")
+
+
 def test_attention_in_parts_must_be_whole(tmp_path):
     state = tiny().state_dict()
     parts = dict(zip(("q", "k", "v"), state.pop("blocks.0.attn.qkv.weight").chunk(3), strict=True))

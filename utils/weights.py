@@ -329,7 +329,7 @@ def _check_model(file: WeightFile, state: State, target: State, model: nn.Module
 
 def _check_tensor(path: Path, name: str, value: torch.Tensor, target: torch.Tensor) -> None:
     """Refuse what does not belong where `target` is: other kinds of numbers, or values that are not finite."""
-    refuse(value.layout != torch.strided, f"{path}: {name} is no dense tensor; save the weights again")
+    refuse(value.layout != torch.strided or value.is_meta, f"{path}: {name} is no dense tensor; save the weights again")
     if value.is_floating_point() != target.is_floating_point() or value.is_complex():
         raise UserError(f"{path}: {name} is of {value.dtype}, the model's of {target.dtype}; another kind of file?")
     if value.shape == target.shape and not value.to(target.dtype).isfinite().all():
