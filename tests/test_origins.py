@@ -368,6 +368,9 @@ def test_what_only_flags_beside_the_weights_tell(tmp_path):
     assert "pooled by 'avg'" in message(ours(), path)
     _, path = saved(None, tmp_path, dict(state_dict=timm_vit().state_dict(), arch="vit_small_patch16_rope_ape_224"))
     assert "vit_small_patch16_rope_ape_224: rotary positions" in message(ours(), path)
+    args = argparse.Namespace(mean=[0.4], std=(0.2,))
+    _, path = saved(None, tmp_path, dict(state_dict=timm_vit().state_dict(), args=args))
+    assert read_weights(path).normalize == ([0.4] * 3, [0.2] * 3)  # as timm understands one number
     for name in ("europe.pth", "dinosaurs.pth"):  # only whole words count
         torch.save(timm_vit().state_dict(), tmp_path / name)
         assert read_weights(tmp_path / name).likely is None

@@ -160,7 +160,7 @@ def _read_timm(file: WeightFile, held: dict) -> list[str]:
     words = flags.get("model_kwargs") or {}
     _check_told(file.path, flags.get("gp") or words.get("global_pool"), words.get("act_layer"))
     if flags.get("mean") and flags.get("std"):
-        file.normalize = (list(flags["mean"]), list(flags["std"]))
+        file.normalize = tuple([*flags[word]] * (3 // len(flags[word])) for word in ("mean", "std"))  # or one for all
     file.heads = words.get("num_heads")
     return [name for name in (held.get("arch"), flags.get("model")) if isinstance(name, str)]
 
