@@ -217,6 +217,14 @@ def test_words_of_other_tools(capsys):
         assert words.split()[0].replace("-", "_").strip("_") in line and expected in line, line
 
 
+def test_bare_weights_for_eval_py(capsys):
+    for file in (["w.pth"], ["-w", "w.pth"]):
+        with pytest.raises(SystemExit):
+            options.eval_parser().parse_args([*file, "--model", "vit_tiny_patch16_224"])
+        line = "type: python train.py -v true --img_size 224 --load_model_dir w.pth --model_type ViT-Ti_16\n"
+        assert capsys.readouterr().err.endswith(line)
+
+
 def test_all_mistakes_at_once(capsys):
     line = error(capsys, "--foo", "1", "--learnin_rate", "2", "--amp", "--num_classes", "3")
     assert line == (

@@ -177,6 +177,7 @@ def translate(script: str, words: list[str], flags: Container[str]) -> tuple[lis
     bare = script == "eval.py" and named & {"--model_type", "--pretrained_dir"}
     if bare:
         script, said, flags = "train.py", ["bare weights are scored by train.py -v"], {*flags, *OF_MODELS}
+        words = words if words[0].startswith(("-", "@")) else ["--pretrained_dir", *words]
     here, more, launch = answers(words, flags)
     said += more
     here, recipe = understood(here, flags)
