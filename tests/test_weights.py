@@ -143,6 +143,12 @@ def test_merges_before_other_blocks(tmp_path):
 # ---------------------------------------------------------------- refusals
 
 
+def test_weights_under_a_strange_key(tmp_path):
+    torch.save({"network": tiny().state_dict(), "epoch": 3}, tmp_path / "w.pth")
+    expected = "holds no weights under the usual keys, but network, epoch; save them under model"
+    assert expected in message(read_weights, tmp_path / "w.pth")
+
+
 def test_tensors_on_the_meta_device_hold_nothing(tmp_path):
     torch.save(tiny().state_dict() | {"norm.weight": torch.ones(32, device="meta")}, tmp_path / "w.pth")
     assert "norm.weight is no dense tensor; save the weights again" in message(load_weights, tiny(), tmp_path / "w.pth")

@@ -68,6 +68,8 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
             file.state = checkpoint.kept_weights(held)
         else:
             file.state = _find_tensors(held, file.notes)
+            strange = _few([*map(str, held)]) if isinstance(held, dict) and not file.state else ""
+            refuse(strange, f"{path}: holds no weights under the usual keys, but {strange}; save them under model")
             named += _read_timm(file, held) if isinstance(held, dict) else []
     wrappers = r"^((module|_orig_mod)\.)+"
     file.state = {re.sub(wrappers, "", str(name)): v for name, v in file.state.items() if torch.is_tensor(v)}
