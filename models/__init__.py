@@ -12,6 +12,7 @@ What it may have, each with what happens without:
 - `blocks`, a sequence of its layers: no --layer_decay, no --grad_checkpoint; --opt muon takes no matrix.
 - `no_weight_decay()`, names of parameters that weight decay leaves out: none.
 - `grid`, rows and columns of patches: a `pos_embed` of another grid in a weight file is refused, not resampled.
+- `fixed`, names of tables that follow from the sizes: those of other sizes in a weight file are refused, not left out.
 - `attention_maps(x)` -> (b, depth, heads, n, n), `token_layout()`, and `image_size` (height, width): no --plot
   attention, position and patches.
 

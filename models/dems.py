@@ -222,6 +222,7 @@ class DEMS(nn.Module):
 
     scales = (8, 4, 2, 1)  # patches along the side of a region
     region = sum(side**2 for side in scales)  # 85 tokens
+    fixed = ("pos_embed", "pos_embed_2", "pos_embed_4", "pos_embed_8")
 
     def __init__(
         self, *, image_size: int | tuple[int, int], patch_size: int, num_classes: int, dim: int, depth: int,

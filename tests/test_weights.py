@@ -91,6 +91,13 @@ def test_resizing_is_bilinear_with_aligned_corners():
     assert np.abs(out[0, 1:].view(rows, columns, 3).numpy() - expected).max() < 1e-5
 
 
+def test_a_model_that_is_frozen_before_it_is_loaded(npz):
+    model = tiny(image_size=24).requires_grad_(False)
+    assert load_weights(model, npz).resized == ["pos_embed"]
+    expected = "patch_embed.proj.weight is (32, 3, 4, 4) in the file, (32, 3, 8, 8) in the model"
+    assert expected in message(load_weights, tiny(patch_size=8).requires_grad_(False), npz)
+
+
 def test_non_square_model_loads_a_square_file(npz):
     model = tiny(image_size=(16, 24))
     assert load_weights(model, npz).resized == ["pos_embed"]

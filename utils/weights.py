@@ -385,7 +385,7 @@ def load_weights(
     heads = [name for name in target if name.startswith("head.")]
     keep_head = keep_head and all(name in state and state[name].shape == target[name].shape for name in heads)
     report.ignored, report.reinitialised = _check_names(file, state, target, model, keep_head, exact)
-    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    fixed = getattr(model, "fixed", ())
     for name, tensor in target.items():
         if name in report.reinitialised:
             continue
