@@ -93,7 +93,7 @@ class Classifier:
         self.config = state["config"]  # words of create_model
         self.model = create_model(**self.config)
         self.model.load_state_dict(checkpoint.kept_weights(state))
-        self.model.to(device).eval()
+        self.model.eval()
         self.device, self.name = device, Path(path).stem.removesuffix("_checkpoint")
         self.precision, _ = usable_precision(state["precision"], device)
         keep_memory(device)
@@ -170,7 +170,9 @@ def load_run(path: str | Path, device: torch.device | str = "auto") -> Classifie
     state = checkpoint.read_file(path)
     device = choose_device(device) if isinstance(device, str) else device
     with refusing(f"{path}: not a checkpoint of this train.py", "score bare weights with train.py -v"):
-        return Classifier(path, state, device)
+        run = Classifier(path, state, device)
+    run.model.to(device)  # no memory for it is not the file's fault
+    return run
 
 
 def score(run: Classifier, args: Namespace, folder: Path) -> None:

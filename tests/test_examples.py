@@ -7,6 +7,7 @@ import time
 from unittest.mock import patch
 
 import pytest
+import torch
 from helpers import ROOT, call, in_process, places, same, weights
 
 from eval import load_run
@@ -75,8 +76,11 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
         "train.py", *FLAGS, *places(tmp_path), "-v", "true", "--load_model_dir", checkpoint
     )
     data = load_data("fashionmnist-mini", train=False)
-    with pytest.raises(RuntimeError, match="^Expected one of cpu"):  # not of the file
+    with pytest.raises(RuntimeError, match="^Expected one of cpu"):  # not the file's fault, nor is this
         load_run(checkpoint, "gpu")
+    full = patch.object(torch.nn.Module, "to", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    with full, pytest.raises(torch.OutOfMemoryError):
+        load_run(checkpoint, "cpu")
     loaded, images = load_run(checkpoint, "cpu"), data.test.source.images[:1]
     ((best, probability),) = loaded.predict(images, top=1)[0]
     assert best in data.classes and 0.1 < probability <= 1
