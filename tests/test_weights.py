@@ -98,6 +98,13 @@ def test_a_model_that_is_frozen_before_it_is_loaded(npz):
     assert expected in message(load_weights, tiny(patch_size=8).requires_grad_(False), npz)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_model_that_is_wrapped(npz, wrap):
+    model = tiny(num_classes=21)
+    assert len(load_weights(wrap(model), npz).loaded) == len(model.state_dict())
+    assert torch.equal(model.head.weight, read_weights(npz).state["head.weight"])
+
+
 def test_non_square_model_loads_a_square_file(npz):
     model = tiny(image_size=(16, 24))
     assert load_weights(model, npz).resized == ["pos_embed"]

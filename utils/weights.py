@@ -375,6 +375,7 @@ def load_weights(
     UserError: unreadable, or not a file of this model.
     """
     file = source if isinstance(source, WeightFile) else read_weights(source)
+    model = getattr(model, "_orig_mod", getattr(model, "module", model))  # torch.compile's and DataParallel's
     path, target, report = file.path, dict(model.state_dict()), LoadReport(notes=[*file.notes])
     state = _fold_layer_scale(file.state, target)
     folded = len(state) < len(file.state)
