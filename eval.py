@@ -257,7 +257,7 @@ def main(args: Namespace) -> int:
     if args.plot:
         paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks, args.heads, args.split)
         print(json.dumps(paths) if args.json else "\n".join(paths.values()))
-    elif args.export:
+    elif args.export is not None:
         beside = export(run.model, args.export, run.facts())
         said = f"{args.export}: gives the model's logits; {beside}: how to prepare images, and the classes"
         print(json.dumps(dict(export=args.export, facts=str(beside))) if args.json else said)

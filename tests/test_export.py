@@ -73,8 +73,9 @@ def test_safetensors_for_timm_by_the_command(tmp_path):
     beside.write_text(json.dumps(facts | {"classes": list("abcdefghij")}))  # as many, but others
     done = in_process(*score, file)
     assert done.returncode == 2 and "has other classes than" in done.stderr
-    done = in_process("eval.py", path, "--export", tmp_path / "m.tflite")
-    assert done.returncode == 2 and "a name ends with .safetensors, .pt2, .onnx" in done.stderr
+    for name in (tmp_path / "m.tflite", ""):
+        done = in_process("eval.py", path, "--export", name)
+        assert done.returncode == 2 and "a name ends with .safetensors, .pt2, .onnx" in done.stderr
 
 
 @pytest.mark.parametrize("crop_pct", [0.8, 1.0])
