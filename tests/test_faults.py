@@ -355,6 +355,15 @@ def test_both_damaged_say_the_way_out(begun):
     assert [record["event"] for record in records(begun)] == ["start", "eval", "end"]
 
 
+@pytest.mark.parametrize("text", [None, "", '{"event": "end"}\n'])
+def test_lost_settings_say_the_way_out(begun, text):
+    log = begun / "output" / f"{ID}.jsonl"
+    log.unlink() if text is None else log.write_text(text)
+    for words in ([], ["--dry_run"], ["--extend", "--num_steps", 30]):
+        with pytest.raises(UserError, match=f"{ID}.jsonl: lacks the run's settings; bring it back, or --overwrite"):
+            train_here(*RUN, *places(begun), *words)
+
+
 def test_deleting_removes_every_file_but_the_lock(begun):
     (begun / "output" / f".{LAST}.tmp").touch()
     (begun / "output" / "other.bin").touch()

@@ -87,23 +87,26 @@ class RunFiles:
         return next((record for record in reversed(records) if record.get("event") == event), None)
 
     @property
+    def saved(self) -> bool:
+        """Whether there is a save to go on from."""
+        return self.last.exists() or self.previous.exists()
+
+    @property
     def state(self) -> str:
         """'finished'; 'unfinished' where there is an evaluation or a save; else 'new', although there may be a log."""
         if self.record("end"):
             return "finished"
-        saved = self.last.exists() or self.previous.exists()
-        return "unfinished" if saved or self.record("eval") else "new"
+        return "unfinished" if self.saved or self.record("eval") else "new"
 
     def differences(self, now: dict, free: Iterable[str] = ()) -> list[str]:
         """Settings in which the run on disk differs from `now`, as 'NAME OLD -> NEW'; none where nothing was done yet.
 
         Of UNTIL_DATA what is None in `now` is left out, and so are those that are `free` to differ.
         """
-        start = self.record("start")
-        if start is None or self.state == "new":
+        if self.state == "new":
             return []
-        old = start.get("settings")
-        lacks = f"{self.json}: its first line lacks the settings; mend it, or --overwrite the run"
+        old = (self.record("start") or {}).get("settings")
+        lacks = f"{self.json}: lacks the run's settings; bring it back, or --overwrite the run"
         refuse(not isinstance(old, dict), lacks)
         if now["num_steps"] is None:
             now = now | dict(epochs=None, num_steps=steps_of(now, old))
@@ -139,13 +142,14 @@ class RunFiles:
             way_out = "bring them back, or start anew: another --name, with --pretrained_dir"
             text = f"{', '.join(changed)}; {way_out} {self.best} to keep what it learnt, or --overwrite"
             raise UserError(f"run {self.id} exists with other images: {text}")
+        changed = self.differences(now, free=LENGTH if extend else ())
         if extend:
             refuse(self.state == "new", f"--extend: there is no run {self.id} to go on with")
-            lost = self.state == "finished" and not (self.last.exists() or self.previous.exists())
+            lost = self.state == "finished" and not self.saved
             refuse(lost, f"--extend: {self.last} is gone, from which run {self.id} would go on; see --load_model_dir")
             had = self.record("start")["settings"]["num_steps"]
             refuse(now["num_steps"] < had, f"--extend to {now['num_steps']} steps: run {self.id} has {had} already")
-        if changed := self.differences(now, free=LENGTH if extend else ()):
+        if changed:
             shown = ", ".join(changed)
             raise UserError(f"run {self.id} exists with other settings: {shown}; another --name, or --overwrite")
 
