@@ -18,9 +18,9 @@ import pytest
 from helpers import ROOT, call, wait_for
 
 import plot
-from utils import results
+from utils import options, results
 from utils.cli import UserError
-from utils.run_files import RunFiles
+from utils.run_files import RunFiles, settings
 
 LOGS = Path(__file__).parent / "data" / "rescalevit_logs"
 SCRATCH, PRETRAINED = (f"cifar10_ViT-B_32_norm_LN_fp_True_img_224_pretrain_{c}" for c in "FT")
@@ -355,6 +355,24 @@ def test_epochs_that_make_the_same_steps_are_no_difference(tmp_path):
         assert files.differences(dict(num_steps=None, epochs=epochs, learning_rate=0.03)) == names
     changed = files.differences(dict(num_steps=17, epochs=None, learning_rate=0.01))
     assert changed == ["num_steps 16 -> 17", "learning_rate 0.03 -> 0.01"]
+
+
+def test_dry_run_goes_on_from_a_save_alone(tmp_path):
+    args = options.parse_train_args([*SMALL, "--output_dir", str(tmp_path), "--log_dir", str(tmp_path)])
+    files, had = RunFiles.of(args), settings(args) | dict(epochs=1.0, mean=[0.5] * 3, std=[0.5] * 3, warmup_steps=0)
+    score = dict(event="eval", step=2, loss=1, accuracy=0.5, train_loss=1, seconds=60)
+    end = dict(event="end", step=4, selected_on="test", best_accuracy=0.5, last_accuracy=0.5, seconds=120)
+    lines = [json.dumps(line) + "\n" for line in (dict(event="start", settings=had, selected_on="test"), score, end)]
+
+    files.json.write_text("".join(lines[:2]))
+    assert results.plan(args)[0].startswith("4 steps; time unknown")  # from the start, as train.py does
+    files.last.touch()
+    assert results.plan(args)[0].startswith("4 steps; goes on after step 2 of 4; ")
+    files.json.write_text("".join(lines))
+    args.extend, args.num_steps = True, 8
+    assert "goes on after step" in results.plan(args)[0]
+    files.last.unlink()
+    assert results.plan(args) == (f"8 steps; would be refused, as {files.last} is gone", 0.0)
 
 
 def test_the_whole_sweep_is_the_published_one(tmp_path):

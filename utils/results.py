@@ -378,13 +378,15 @@ def plan(args: Namespace) -> tuple[str, float | None]:
     had = files.record("start")["settings"] if state != "new" else {}
     if args.extend and (not had or steps_of(now, had) < had["num_steps"]):
         return f"{steps}; would be refused, as there is no run to extend, or a longer one", 0.0
+    if args.extend and state == "finished" and not files.saved:
+        return f"{steps}; would be refused, as {files.last} is gone", 0.0
     if state == "finished" and not (args.extend and steps_of(now, had) > had["num_steps"]):
         return f"{steps}; finished: {scores(files)}", 0.0
     try:
         runs, _ = read_runs(files.folder)
     except UserError:
         runs = []
-    own = next((run for run in runs if run.id == files.id and run.steps and state != "new"), None)
+    own = next((run for run in runs if run.id == files.id and run.steps and state != "new" and files.saved), None)
     goes_on = f"goes on after {own.progress}; " if own else ""
     cost = COST if unit == "num_steps" else (*COST, "dataset", "data_dir", "ra")  # whose images are an epoch
     for run in runs:
