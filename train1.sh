@@ -15,9 +15,10 @@ PYTHON=${PYTHON:-$(command -v python3 || command -v python)} GPUS=${GPUS:-0} CEL
 ARCHS=${ARCHS:-ViT-B_16 ViT-B_32 ViT-L_32 ViT-L_16} NORMS=${NORMS:-LN BN GN Rescale} SEEDS=${SEEDS:-42}
 DATASET=${DATASET:-cifar10} OUTPUT=output before=
 for word; do # what the flags say of the data and of the results' place
-    case $word in --dry_run) DRY_RUN=1 ;; esac
+    case $word in --dry[_-]run) DRY_RUN=1 ;; esac
     case $word in --*=*) pair=$word before= ;; *) pair=$before=$word before=$word ;; esac
-    case $pair in --dataset=*) DATASET=${pair#*=} ;; --output_dir=*) OUTPUT=${pair#*=} ;; esac
+    case $pair in --dataset=* | --data[_-]set=*) DATASET=${pair#*=} ;; esac
+    case $pair in --output=* | --output[_-]dir=*) OUTPUT=${pair#*=} ;; esac
 done
 set -- --name="${NAME:-$DATASET-100_500}" --dataset "$DATASET" "$@"
 

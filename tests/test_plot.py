@@ -384,6 +384,18 @@ def test_the_whole_sweep_is_the_published_one(tmp_path):
     assert last.index("--train_batch_size 64") < last.index("--train_batch_size 32")  # the user's flags come last
 
 
+def test_flags_that_are_spelled_otherwise(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >>"$TMPDIR/calls"\n')
+    python.chmod(0o755)
+    sweep, calls = Sweep(tmp_path), tmp_path / "tmp" / "calls"
+    sweep.run("--data-set", "cifar100", "--output=elsewhere", NORMS="LN", PRETRAINED="0", PYTHON=str(python))
+    check, cell, plots = calls.read_text().splitlines()
+    assert "--name=cifar100-100_500 --dataset cifar100" in cell and plots == "plot.py elsewhere"
+    sweep.run("--dry-run", NORMS="LN", PYTHON=str(python))
+    assert calls.read_text().count("\n") == 4  # nothing but the check
+
+
 def test_one_cell_of_a_job_array(tmp_path):
     sweep = Sweep(tmp_path)
     out, _ = sweep.run(NORMS="LN BN", SEEDS="1 2", DRY_RUN="1", CELL="2")
