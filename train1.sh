@@ -23,6 +23,7 @@ done
 set -- --name="${NAME:-$DATASET-100_500}" --dataset "$DATASET" "$@"
 
 state=$(mktemp -d) && trap 'rm -rf "$state"' EXIT || exit 2 # cells, which are taken or failed, the status to stop with
+trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM # dash ends without cleaning up, otherwise
 for arch in $ARCHS; do
     for norm in $NORMS; do
         for seed in $SEEDS; do

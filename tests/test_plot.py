@@ -396,6 +396,18 @@ def test_flags_that_are_spelled_otherwise(tmp_path):
     assert calls.read_text().count("\n") == 4  # nothing but the check
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_sweep_stopped_while_its_flags_are_checked_leaves_nothing(tmp_path, how):
+    python, sweep = tmp_path / "python", Sweep(tmp_path)
+    python.write_text('#!/bin/sh\ntouch "$TMPDIR/begun"; exec sleep 60\n')
+    python.chmod(0o755)
+    process = sweep.start(PYTHON=str(python))
+    wait_for((tmp_path / "tmp" / "begun").exists, process)
+    os.killpg(process.pid, how)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + how and os.listdir(tmp_path / "tmp") == ["begun"]
+
+
 def test_one_cell_of_a_job_array(tmp_path):
     sweep = Sweep(tmp_path)
     out, _ = sweep.run(NORMS="LN BN", SEEDS="1 2", DRY_RUN="1", CELL="2")
