@@ -1,7 +1,7 @@
 """An own model, data set and augmentation under train.py's loop and flags; no file of the kit is edited.
 
     python examples/own_model.py --name mine                             # a minute on a CPU
-    python examples/own_model.py --name mine --width 32 --num_steps 500  # your own flags beside train.py's
+    python examples/own_model.py --name wide --width 32 --num_steps 500  # your own flags beside train.py's
     python plot.py                                                       # its curves, among those of other runs
 
 Everything of train.py works as there: the same command continues, torchrun and --bf16, -v. The checkpoint is read by
