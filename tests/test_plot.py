@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -355,6 +356,13 @@ def test_epochs_that_make_the_same_steps_are_no_difference(tmp_path):
         assert files.differences(dict(num_steps=None, epochs=epochs, learning_rate=0.03)) == names
     changed = files.differences(dict(num_steps=17, epochs=None, learning_rate=0.01))
     assert changed == ["num_steps 16 -> 17", "learning_rate 0.03 -> 0.01"]
+
+
+def test_flags_of_any_type_are_no_difference(tmp_path):
+    now = settings(Namespace(places=(1, 2), folder=Path("a"), num_steps=4))
+    files = RunFiles(tmp_path, tmp_path, "run")
+    files.json.write_text(json.dumps(dict(event="start", settings=now)) + '\n{"event": "eval"}\n')
+    assert files.differences(now) == []
 
 
 def test_dry_run_goes_on_from_a_save_alone(tmp_path):

@@ -34,8 +34,9 @@ def run_id(args: Namespace) -> str:
 
 
 def settings(args: Namespace) -> dict:
-    """The flags that decide what a run computes."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    """The flags that decide what a run computes, as its record has them: a tuple is a list there, a path a word."""
+    deciding = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    return json.loads(json.dumps(deciding, default=str))
 
 
 def steps_of(now: dict, old: dict) -> int:
