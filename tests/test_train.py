@@ -332,7 +332,7 @@ def test_val_fraction_reports_the_test_set_apart(tmp_path):
     assert f"Valid Accuracy: {end['test_accuracy']:.5f}" in run("train.py", *score).stdout  # cut as in the run
     assert f"Valid Accuracy: {end['test_accuracy']:.5f}" not in run("train.py", *score, "--crop_pct", 1).stdout
     from_text, from_json = (read_run(tmp_path / "output" / f"{ID}{suffix}") for suffix in (".txt", ".jsonl"))
-    for fact in ("chosen_on", "best", "last"):
+    for fact in ("dataset", "chosen_on", "best", "last"):
         assert getattr(from_text, fact) == pytest.approx(getattr(from_json, fact))
 
 

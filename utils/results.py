@@ -148,8 +148,8 @@ def _take(run: Run, row: dict, fact: str, value: str) -> None:
         run.loss.append(row["loss"])
     elif fact == "Best Accuracy":
         run.best, run.last = float(value), run.accuracy[-1] if run.accuracy else None
-    elif fact == "Data" and value.endswith("(val)"):
-        run.chosen_on = "val"
+    elif fact == "Data":
+        run.dataset, run.chosen_on = value.split(",")[0], "val" if value.endswith("(val)") else "test"
     elif fact == "Test Accuracy":  # of the weights that did best on held-out images
         run.best, run.last = map(float, re.fullmatch(r"([\d.]+) \(last step ([\d.]+)\)", value).groups())
     elif fact == "End Training":
