@@ -454,8 +454,8 @@ def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None
     processes = dist_util.start(args.device, args.gpu_id)
     source = resolve(args)
     if args.memory_limit is None:  # whether images are kept or streamed; a continued run keeps what it had
-        begun = RunFiles.of(args).record("start") or {}
-        limit = None if args.validate or args.overwrite else begun.get("memory_limit")
+        begun = None if args.validate or args.overwrite else RunFiles.of(args).record("start")
+        limit = (begun or {}).get("memory_limit")
         limit = device.memory_limit(processes.device) if limit is None else limit
         args.memory_limit = min(dist_util.gather(limit))
     cli.say(f"Loading {args.dataset} from {args.data_dir} ...")

@@ -364,6 +364,11 @@ def test_lost_settings_say_the_way_out(begun, text):
             train_here(*RUN, *places(begun), *words)
 
 
+def test_damaged_log_may_be_overwritten(begun):
+    (begun / "output" / f"{ID}.jsonl").write_text("{\n{}\n")
+    assert train_here(*RUN, *places(begun), "--overwrite", "--num_steps", 1) == 0
+
+
 def test_deleting_removes_every_file_but_the_lock(begun):
     (begun / "output" / f".{LAST}.tmp").touch()
     (begun / "output" / "other.bin").touch()
