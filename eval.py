@@ -107,6 +107,8 @@ class Classifier:
                 image = read_image(image, short_side(self.args))
             if isinstance(image, Image.Image):
                 image = pil_to_tensor(as_rgb(image))
+            kind = "a file, a PIL image (Image.fromarray makes one of an array) or a tensor"
+            refuse(not isinstance(image, torch.Tensor), f"an image is {kind}, not {type(image).__name__}")
             fits = image.ndim == 3 and len(image) in (1, 3) and image.numel()
             refuse(not fits, f"an image is (1 or 3, height, width) pixels, not {tuple(image.shape)}")
             if image.is_floating_point():

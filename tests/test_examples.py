@@ -90,6 +90,8 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
             loaded.predict(wrong)
     with pytest.raises(UserError, match="pixels are bytes or floats, not torch.int32"):
         loaded.predict(257 * images.int())  # as 16-bit gray is read
+    with pytest.raises(UserError, match=r"Image.fromarray .* not ndarray"):
+        loaded.predict(images[0].permute(1, 2, 0).numpy())
     for wrong in (images[0, 0], images.expand(-1, 4, -1, -1), images[None], images[:, :, :0]):
         with pytest.raises(UserError, match=r"an image is \(1 or 3, height, width\) pixels, not \("):
             loaded.predict(wrong)
