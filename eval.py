@@ -130,6 +130,7 @@ class Classifier:
 
         Returns for each image the `top` names and probabilities, the most probable first. UserError: no readable image.
         """
+        refuse(top < 1, f"top is the number of names for each image, at least 1, not {top}")
         inputs, answers, top = self.inputs(images), [], min(top, len(self.classes))
         while batch := list(islice(inputs, 32)):
             probability, label = self.probabilities(torch.cat(batch)).topk(top, dim=1)

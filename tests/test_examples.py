@@ -95,6 +95,9 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
     for wrong in (images[0, 0], images.expand(-1, 4, -1, -1), images[None], images[:, :, :0]):
         with pytest.raises(UserError, match=r"an image is \(1 or 3, height, width\) pixels, not \("):
             loaded.predict(wrong)
+    for top in (0, -1):
+        with pytest.raises(UserError, match=f"top is the number of names for each image, at least 1, not {top}"):
+            loaded.predict(images, top)
     run("eval.py", checkpoint, "--plot", "errors")
     assert [path.name for path in checkpoint.parent.glob("*_errors.png")]
     done = in_process("eval.py", checkpoint, "--plot", "attention")
