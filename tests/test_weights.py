@@ -154,6 +154,23 @@ def test_merges_before_other_blocks(tmp_path):
         load_weights(tiny(depth=3, image_size=32), path)
 
 
+def test_norms_of_another_type_start_anew(tmp_path):
+    """BN and GN have names in common; fine-tuning takes nothing of the one for the other."""
+    for theirs in ("LN", "BN", "GN", "Rescale"):
+        source = tiny(norm_type=theirs)
+        for parameter in source.parameters():
+            torch.nn.init.normal_(parameter)
+        torch.save(source.state_dict(), tmp_path / "w.pth")
+        for ours in {"LN", "BN", "GN", "Rescale"} - {theirs}:
+            model = tiny(norm_type=ours)
+            fresh = {name: value.clone() for name, value in model.state_dict().items()}
+            report = load_weights(model, tmp_path / "w.pth")
+            assert len(report.loaded) == 22 and not set(report.loaded) & set(report.reinitialised)
+            assert all(torch.equal(model.state_dict()[name], fresh[name]) for name in report.reinitialised)
+            with pytest.raises(UserError):
+                load_weights(model, tmp_path / "w.pth", exact=True)
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -343,14 +343,14 @@ def _check_names(
 ) -> tuple[list[str], list[str]]:
     """Names that the file has beyond the model, and those that start anew; refuse what would compute something else."""
     path, kind = file.path, type(model).__name__
-    left, missing = [n for n in state if n not in target], [n for n in target if n not in state]
     harmless, anew = [*weight_names.HARMLESS], []  # what the file may have beyond the model, and lack
+    differ = [n for n in {*state} ^ {*target} if re.search(weight_names.NORMS, n)]
+    other = any(n in state or ".running_" in n for n in differ)  # --norm_type; BN's names are GN's and statistics
+    norms = [weight_names.NORMS] if other and not exact else []
+    left, missing = ([n for n in a if n not in b or _matches(n, norms)] for a, b in ((state, target), (target, state)))
     if not exact:
-        harmless += weight_names.HARMLESS_AT_FINE_TUNING
-        anew += [r"^head\."]
-        if any(_matches(name, [weight_names.NORMS]) for name in left):  # of another --norm_type
-            harmless += [weight_names.NORMS]
-            anew += [weight_names.NORMS]
+        harmless += [*weight_names.HARMLESS_AT_FINE_TUNING, *norms]
+        anew += [r"^head\.", *norms]
     if not keep_head:  # that of a pretraining
         harmless += [r"^head\."]
     strange = [name for name in left if not _matches(name, harmless)]
