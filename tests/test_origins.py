@@ -389,6 +389,15 @@ def test_what_only_flags_beside_the_weights_tell(tmp_path):
         assert expected in message(ours(), path)
 
 
+def test_vit_s_of_moco_v3_has_twice_as_many_heads(tmp_path):
+    state = timm_vit(embed_dim=384, num_heads=12).state_dict()
+    names = {f"module.base_encoder.{name}": v for name, v in state.items() if not name.startswith("head.")}
+    torch.save({"arch": "vit_small", "state_dict": names}, tmp_path / "vit-s-300ep.pth.tar")
+    words = dict(dim=384, mlp_dim=768)
+    assert "has 12 attention heads, the model 6" in message(ours(heads=6, **words), tmp_path / "vit-s-300ep.pth.tar")
+    assert len(load_weights(ours(heads=12, **words), tmp_path / "vit-s-300ep.pth.tar").loaded) == 30
+
+
 def test_norms_without_biases(tmp_path):
     """RMSNorm has the names of LayerNorm."""
     norm = pytest.importorskip("timm.layers").RmsNorm

@@ -151,6 +151,8 @@ def _rename(file: WeightFile) -> None:
     if not origin.names:
         kinds = [kind for kind in weight_names.PRETRAINED if any(kind[0] in name for name in file.state)]
         _, file.origin, normalize = kinds[0] if kinds else ("", file.origin, None)
+        if file.origin == "MoCo-v3" and len(state.get("norm.weight", ())) == 384:
+            file.heads = 12  # of its ViT-S, where DeiT's has 6
     file.state = state
     if normalize:
         file.normalize = tuple(map(list, NORMALIZE[normalize]))
