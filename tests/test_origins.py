@@ -382,6 +382,8 @@ def test_what_only_flags_beside_the_weights_tell(tmp_path):
         ({"num_attention_heads": 4}, heads),
         ({"model_args": {"num_heads": 4}}, heads),
         ({"global_pool": "avg"}, "config.json: pooled by 'avg'"),
+        ({"model_args": {"global_pool": "avg"}}, "config.json: pooled by 'avg'"),  # of transformers' TimmWrapper
+        ({"model_args": None, "num_attention_heads": 4}, heads),
         ({"hidden_act": "relu"}, "config.json: activation 'relu'"),
         ({"model_args": {"act_layer": "quick_gelu"}}, "config.json: activation 'quick_gelu'"),
     ):
@@ -468,6 +470,33 @@ def test_normalisation_of_the_weights(tmp_path):
     assert read_weights(deit).normalize == ([0.1] * 3, [0.2] * 3)
     write_google_npz(tmp_path / "w.npz", **SIZES, patch=7, grid=4, classes=CLASSES)  # in the same folder, of no JSON
     assert read_weights(tmp_path / "w.npz").normalize == ([0.5] * 3, [0.5] * 3)
+
+
+@pytest.mark.parametrize(
+    "words, mean, std",
+    [
+        ({}, 0.5, 0.25),
+        ({"do_normalize": False, "rescale_factor": 1 / 255}, 0, 1),
+        ({"rescale_factor": 1 / 127.5}, 0.25, 0.125),
+    ],
+)
+def test_pixels_of_hugging_faces_processor(tmp_path, words, mean, std):
+    """What it makes of a pixel is what normalising with `mean` and `std` does."""
+    processor = pytest.importorskip("transformers").ViTImageProcessor
+    processor = processor(size=dict(height=2, width=2), image_mean=[0.5] * 3, image_std=[0.25] * 3, **words)
+    processor.save_pretrained(tmp_path)
+    _, path = saved(timm_vit(), tmp_path)
+    assert np.allclose(read_weights(path).normalize, ([mean] * 3, [std] * 3))
+    image = np.full((2, 2, 3), 51, dtype=np.uint8)
+    assert np.allclose(processor(image, return_tensors="np")["pixel_values"], (51 / 255 - mean) / std, atol=1e-5)
+
+
+def test_pixels_of_an_export_beside_a_model_of_others(tmp_path):
+    """The JSON with the file's own name is nearer than those of the folder."""
+    _, path = saved(timm_vit(), tmp_path)
+    for name, mean in (("preprocessor_config", 0.1), ("config", 0.2), ("w", 0.3)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"image_mean": [mean] * 3, "image_std": [0.5] * 3}))
+        assert read_weights(path).normalize == ([mean] * 3, [0.5] * 3)
 
 
 # ---------------------------------------------------------------- the model that an own checkpoint records

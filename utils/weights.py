@@ -178,19 +178,20 @@ def _check_told(path: Path, pooling, activation) -> None:
 def _read_beside(file: WeightFile) -> list[str]:
     """What the JSON files of timm, Hugging Face and `eval.py --export` say beside their weights; names of it."""
     folder, named = file.path.parent, []
-    for path in (file.path.with_suffix(".json"), folder / "preprocessor_config.json", folder / "config.json"):
+    for path in (folder / "preprocessor_config.json", folder / "config.json", file.path.with_suffix(".json")):
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            facts |= facts.get("pretrained_cfg", {})
-            pixels = [facts.get(f"image_{word}", facts.get(word)) for word in ("mean", "std")]
-            words = {"num_heads": facts.get("num_attention_heads"), **facts.get("model_args", {})}
+            facts |= (facts.get("pretrained_cfg") or {}) | (facts.get("model_args") or {})
+            scale = 255 * (facts.get("rescale_factor") or 1 / 255)
         except (OSError, ValueError, TypeError, AttributeError):
             continue
-        _check_told(path, facts.get("global_pool"), words.get("act_layer", facts.get("hidden_act")))
+        _check_told(path, facts.get("global_pool"), facts.get("act_layer", facts.get("hidden_act")))
+        pixels = [facts.get(f"image_{word}", facts.get(word)) for word in ("mean", "std")]
+        pixels = pixels if facts.get("do_normalize", True) else [[0.0] * 3, [1.0] * 3]
         if all(isinstance(part, list) and len(part) == 3 for part in pixels):
-            file.normalize = tuple(pixels)
-        if isinstance(words["num_heads"], int):
-            file.heads = words["num_heads"]
+            file.normalize = tuple([value / scale for value in part] for part in pixels)
+        heads = facts.get("num_heads", facts.get("num_attention_heads"))
+        file.heads = heads if isinstance(heads, int) else file.heads
         config, classes = facts.get("model"), facts.get("classes")
         if isinstance(config, dict) and "model_type" in config and isinstance(classes, list):  # by eval.py --export
             file.own, file.heads = dict(config=config, classes=classes, args=facts), config.get("heads")
