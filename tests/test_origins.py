@@ -439,12 +439,14 @@ def test_what_is_no_file_of_weights(tmp_path):
     (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     (tmp_path / "page.npz").write_text("<!DOCTYPE html><html>not found</html>")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a")
     for name, expected in {
         "script.pt": "a TorchScript archive; save its weights: torch.save(torch.jit.load('script.pt').state_dict()",
         "model.pth": "refused, it holds a torch.nn.modules.linear.Linear and could run code; if you trust it",
         "lfs.pth": "a pointer of Git LFS, not the file itself",
         "page.npz": "a web page, not the file itself",
         "model.safetensors.index.json": "weights in several files are not read",
+        "model.onnx": "model.onnx: .onnx is for other programs; take .bin, .pth, .npz or .safetensors",
         "nothing.pth": "no such file",
         ".": "a folder; name the file in it",
     }.items():

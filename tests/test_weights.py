@@ -174,6 +174,15 @@ def test_norms_of_another_type_start_anew(tmp_path):
 # ---------------------------------------------------------------- refusals
 
 
+def test_averaged_weights_come_first(tmp_path):
+    raw, averaged = tiny(), tiny()
+    for key in ("model_ema", "ema_model", "ema"):
+        torch.save({"model": raw.state_dict(), key: averaged.state_dict()}, tmp_path / "w.pth")
+        model = tiny()
+        assert f"of {key} and model the averaged weights" in str(load_weights(model, tmp_path / "w.pth"))
+        assert torch.equal(model.pos_embed, averaged.pos_embed)
+
+
 def test_weights_under_a_strange_key(tmp_path):
     torch.save({"network": tiny().state_dict(), "epoch": 3}, tmp_path / "w.pth")
     expected = "holds no weights under the usual keys, but network, epoch; save them under model"

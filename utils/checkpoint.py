@@ -47,8 +47,9 @@ def check_kind(path: Path) -> None:
     refuse(lfs, f"{path}: a pointer of Git LFS, not the file itself; get that with git lfs pull")
     page = start[:20].lower().startswith((b"<!doctype", b"<html", b"<?xml"))
     refuse(page, f"{path}: a web page, not the file itself; download it again by its direct link")
-    index = start.startswith(b"{") and path.suffix == ".json"
-    refuse(index, f"{path}: JSON; weights in several files are not read, load and save them as one first")
+    refuse(path.suffix == ".json", f"{path}: JSON; weights in several files are not read, save them as one first")
+    others = path.suffix in (".pt2", ".onnx", ".h5", ".msgpack")
+    refuse(others, f"{path}: {path.suffix} is for other programs; take .bin, .pth, .npz or .safetensors")
 
 
 def read_file(path: str | os.PathLike):

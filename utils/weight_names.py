@@ -122,7 +122,7 @@ FILE_NAMES = (
 )
 
 # Under which keys files keep their weights; averaged ones first, the better ones where there are both.
-AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher")
 PLAIN = ("model", "state_dict", "model_state_dict", "student", "net", "weights", "params", "module")
 
 # LayerScale (arXiv 2103.17239) of a block's attention (1) and MLP (2), in timm, DINOv2 and Hugging Face; in DeiT-III.
