@@ -403,10 +403,12 @@ def load_source(model: nn.Module, source: weights.WeightFile | None, args: Names
     """Put the weights that --pretrained_dir or --load_model_dir names into a model; a line for the log."""
     if source is None:
         return "from scratch"
-    same_classes = source.own.get("classes", data.classes) == data.classes
+    labels = source.labels if {*source.labels} == {*data.classes} else data.classes  # others may be another spelling
+    same_classes = source.own.get("classes", labels) == data.classes
     check_apart(source, args, data)
     exact = bool(args.load_model_dir)
-    refuse(exact and not same_classes, f"{source.path} has other classes than {args.dataset}; try --pretrained_dir")
+    other = f"{source.path} has other classes than {args.dataset}, or another order"
+    refuse(exact and not same_classes, f"{other}; try --pretrained_dir")
     report = weights.load_weights(model, source, same_classes, exact)
     anew = [name for name in report.reinitialised if not name.startswith("head.")]
     if args.freeze and anew:

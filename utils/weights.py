@@ -33,8 +33,8 @@ class WeightFile:
 
     `origin` is the project it comes from, None for one unknown; `own` has `args`, `classes` and `config` of a
     checkpoint of train.py, or of what was exported from one, {} of others; `normalize` is how pixels were normalised,
-    `heads` the number of attention heads, None where the file does not say it; `likely` is a key of presets.NORMALIZE
-    that names suggest; `notes` are for people.
+    `heads` the number of attention heads, None where the file does not say it; `labels` are names of classes in the
+    head's order, [] if unknown; `likely` is a key of presets.NORMALIZE that names suggest; `notes` are for people.
     """
 
     path: Path
@@ -43,6 +43,7 @@ class WeightFile:
     own: dict = field(default_factory=dict)
     normalize: Pixels | None = None
     heads: int | None = None
+    labels: list[str] = field(default_factory=list)
     likely: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -183,6 +184,8 @@ def _read_beside(file: WeightFile) -> list[str]:
             facts = json.loads(path.read_text(encoding="utf-8"))
             facts |= (facts.get("pretrained_cfg") or {}) | (facts.get("model_args") or {})
             scale = 255 * (facts.get("rescale_factor") or 1 / 255)
+            names = facts.get("id2label") or {}
+            file.labels = [names[i] for i in sorted(names, key=int)] or file.labels
         except (OSError, ValueError, TypeError, AttributeError):
             continue
         _check_told(path, facts.get("global_pool"), facts.get("act_layer", facts.get("hidden_act")))
