@@ -173,6 +173,7 @@ ORIGINS = {
     "Hugging Face ViT": lambda f: hugging_face("ViT", f),
     "Hugging Face DINOv2": lambda f: hugging_face("Dinov2", f),
     "Hugging Face MAE": lambda f: hugging_face("ViTMAE", f),
+    "Hugging Face MSN": lambda f: hugging_face("ViTMSN", f),
     "torchvision": torchvision_vit,
     "PyTorch-Pretrained-ViT": pretrained_vit,
     "big_vision": lambda f: big_vision(f, scanned=False, brain=False),
@@ -468,6 +469,9 @@ def test_normalisation_of_the_weights(tmp_path):
     score[-1] = deit
     assert f"{deit}: by its name, {line}" in in_process(*score, "--name", "x").stdout
     assert line not in in_process(*score, "--name", "x", "--normalize", "imagenet").stdout
+    for kind in ("dinov2", "vit_mae", "vit_msn"):  # of Hugging Face, without a processor
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert read_weights(saved(timm_vit(), tmp_path)[1]).likely == "imagenet"
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3}}))
     assert read_weights(deit).normalize == ([0.1] * 3, [0.2] * 3)
     write_google_npz(tmp_path / "w.npz", **SIZES, patch=7, grid=4, classes=CLASSES)  # in the same folder, of no JSON

@@ -117,7 +117,7 @@ PRETRAINED = (
 )
 # What no more than a file's own name says: enough for a hint.
 FILE_NAMES = (
-    (r"(?<![a-z])(deit|dino(v\d)?(?![a-z])|ibot|mae|moco)", "imagenet"),
+    (r"(?<![a-z])(deit|dino(v\d)?(?![a-z])|ibot|mae|moco|msn)", "imagenet"),
     (r"augreg|imagenet21k|in21k", "half"),
 )
 

@@ -198,7 +198,7 @@ def _read_beside(file: WeightFile) -> list[str]:
         config, classes = facts.get("model"), facts.get("classes")
         if isinstance(config, dict) and "model_type" in config and isinstance(classes, list):  # by eval.py --export
             file.own, file.heads = dict(config=config, classes=classes, args=facts), config.get("heads")
-        named += [name for name in [facts.get("architecture")] if isinstance(name, str)]
+        named += [facts[word] for word in ("architecture", "model_type") if isinstance(facts.get(word), str)]
     return named
 
 
