@@ -171,6 +171,24 @@ def test_norms_of_another_type_start_anew(tmp_path):
                 load_weights(model, tmp_path / "w.pth", exact=True)
 
 
+def test_a_head_of_several_layers_starts_anew_as_it_was_made(tmp_path):
+    """At zero, its hidden layers would stay there."""
+
+    def model(classes: int):
+        vit = tiny()
+        vit.head = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.GELU(), torch.nn.Linear(16, classes))
+        return vit
+
+    torch.save(model(4).state_dict(), tmp_path / "w.pth")
+    other, same = model(10), model(4)
+    fresh = {name: value.clone() for name, value in other.head.state_dict().items()}
+    assert len(load_weights(other, tmp_path / "w.pth").reinitialised) == 4
+    assert all(torch.equal(other.head.state_dict()[name], value) for name, value in fresh.items())
+    assert not load_weights(same, tmp_path / "w.pth", exact=True).reinitialised
+    with pytest.raises(UserError, match=r"head.2.weight is \(4, 16\) in the file, \(10, 16\) in the model"):
+        load_weights(other, tmp_path / "w.pth", exact=True)
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -364,9 +364,9 @@ def _check_names(
     absent = [name for name in missing if not _matches(name, anew)]
     why = next((f" ({reason})" for name, reason in weight_names.ABSENT.items() if name in absent), "")
     refuse(absent, f"{path}: lacks {_few(absent)}{why}; another --model_type, --norm_type or kind of model?")
-    if exact and not keep_head and state["head.weight"].shape[1:] == target["head.weight"].shape[1:]:
-        classes, wanted = (len(of["head.weight"]) for of in (state, target))
-        raise UserError(f"{path}: its head is of {classes} classes, the data has {wanted}")
+    head = target.get("head.weight")  # a head may be of several layers
+    if exact and not keep_head and head is not None and state["head.weight"].shape[1:] == head.shape[1:]:
+        raise UserError(f"{path}: its head is of {len(state['head.weight'])} classes, the data has {len(head)}")
     return left, missing
 
 
@@ -413,7 +413,7 @@ def load_weights(
             shapes = f"{tuple(value.shape)} in the file, {tuple(tensor.shape)} in the model"
             raise UserError(f"{path}: {name} is {shapes}; another --model_type, --patch_size, --stem or size?")
     if not keep_head:
-        target |= {name: torch.zeros_like(target[name]) for name in heads}
+        target |= {name: torch.zeros_like(target[name]) for name in {*heads} & {"head.weight", "head.bias"}}
     model.load_state_dict(target)
     return report
 
