@@ -201,6 +201,14 @@ def test_averaged_weights_come_first(tmp_path):
         assert torch.equal(model.pos_embed, averaged.pos_embed)
 
 
+def test_blocks_that_were_compiled_one_by_one(tmp_path):
+    compiled = tiny()
+    for i, block in enumerate(compiled.blocks):
+        compiled.blocks[i] = torch.compile(block)
+    torch.save(torch.nn.DataParallel(compiled).state_dict(), tmp_path / "w.pth")
+    assert len(load_weights(tiny(), tmp_path / "w.pth", exact=True).loaded) == 32
+
+
 def test_weights_under_a_strange_key(tmp_path):
     torch.save({"network": tiny().state_dict(), "epoch": 3}, tmp_path / "w.pth")
     expected = "holds no weights under the usual keys, but network, epoch; save them under model"

@@ -72,7 +72,7 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
             strange = _few([*map(str, held)]) if isinstance(held, dict) and not file.state else ""
             refuse(strange, f"{path}: holds no weights under the usual keys, but {strange}; save them under model")
             named += _read_timm(file, held) if isinstance(held, dict) else []
-    wrappers = r"^((module|_orig_mod)\.)+"
+    wrappers = r"(?<![^.])(module|_orig_mod)\."  # of the whole model, or of blocks that are compiled one by one
     file.state = {re.sub(wrappers, "", str(name)): v for name, v in file.state.items() if torch.is_tensor(v)}
     refuse(not file.state, f"{path}: holds no weights")
     if file.own:
