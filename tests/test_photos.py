@@ -309,6 +309,21 @@ def test_large_images_are_kept_as_large_as_crops_need(tmp_path):
     assert (both[0] - both[1]).abs().max() < 0.06  # those of 4 x 30 pixels or more are reduced once more
 
 
+@pytest.mark.parametrize("size", [(32, 400), (400, 32), (32, 60)])
+def test_the_centre_of_a_long_image_is_as_sharp_when_streamed(tmp_path, size):
+    """Of the long side, too, only the short one's part is left out in resizing."""
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    pixels = np.rint(127.5 + 60 * np.sin(columns) + 60 * np.cos(rows)).astype(np.uint8)
+    for name in ("a", "b"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "test" / name / "1.png")
+    augment, images = Augment(28, *HALF, crop_pct=0.875), []
+    for limit in (1.0, 0.0):
+        data = load_data("imagefolder", tmp_path, train=False, memory_limit=limit, short_side=32).test
+        images += [x for x, _ in eval_batches(data, augment, batch_size=2, device=torch.device("cpu"))]
+    assert isinstance(data.source, Files) and torch.allclose(*images, atol=1e-5)
+
+
 def test_a_batch_of_many_sizes_takes_no_more_than_its_part(monkeypatch):
     """One wide and one tall image among small ones: padded, all would take 16 GB."""
     shapes = [(20, 20)] * 30 + [(60, 30_000), (30_000, 60)] + [(20, 20)] * 30

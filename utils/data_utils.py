@@ -4,6 +4,7 @@ Small images live as one uint8 tensor on the training device, and a batch is an 
 through worker processes. Order and augmentation are functions of (seed, step), for the whole batch of an update.
 """
 
+import math
 import os
 import signal
 import sys
@@ -46,18 +47,18 @@ def batch_index(step: int, batch_size: int, n: int, seed: int, ra: int = 1) -> t
 
 
 class _Decode(torch.utils.data.Dataset):
-    """For DataLoader: a list of (i, box) -> images i, cut to their boxes: their pixels end to end, their heights and
-    widths (b, 2), and the sizes of their boxes (b, 2).
+    """For DataLoader: a list of (i, box, goal) -> images i, cut to their boxes: their pixels end to end, their heights
+    and widths (b, 2), and the sizes of their boxes (b, 2).
 
-    A side of 4 `size` or more is first reduced by averaging whole numbers of pixels, to 2 `size` or more; that is
-    hardly seen once the rest is resized, and bounds a batch's memory. The size of its box is divided by this number,
-    and then not always whole.
+    A side 4 times as long as its `goal`, what it will be resized to, or longer, is first reduced by averaging whole
+    numbers of pixels, to twice the goal or more; that is hardly seen once the rest is resized, and saves memory. The
+    size of its box is divided by this number, and then not always whole.
     """
 
-    def __init__(self, source: Files, size: int, shared: bool):
-        self.source, self.size, self.shared = source, size, shared
+    def __init__(self, source: Files, shared: bool):
+        self.source, self.shared = source, shared
 
-    def __getitem__(self, items: list[tuple[int, list[int] | None]]) -> tuple | str:
+    def __getitem__(self, items: list[tuple[int, list[int] | None, list[int]]]) -> tuple | str:
         try:
             images, boxes = zip(*(self._decode(*item) for item in items), strict=True)
         except UserError as error:  # DataLoader would wrap it in the worker's traceback
@@ -66,10 +67,10 @@ class _Decode(torch.utils.data.Dataset):
         pixels = torch.cat([image.flatten() for image in images])
         return pixels if self.shared else pixels.numpy(), shapes, torch.tensor(boxes)
 
-    def _decode(self, i: int, box: list[int] | None) -> tuple[torch.Tensor, tuple[float, float]]:
+    def _decode(self, i: int, box: list[int] | None, goal: list[int]) -> tuple[torch.Tensor, tuple[float, float]]:
         image = read_image(self.source.paths[i], self.source.short_side)
         top, left, height, width = box or (0, 0, image.height, image.width)
-        down, across = (max(1, side // (2 * self.size)) for side in (height, width))
+        down, across = (max(1, side // (2 * to)) for side, to in zip((height, width), goal, strict=True))
         image = image.reduce((across, down), (left, top, left + width, top + height))
         return pil_to_tensor(image), (height / down, width / across)
 
@@ -153,12 +154,14 @@ def _load(
         for index, params in plan:
             planned.append((index, params))
             boxes = params["box"].tolist() if "box" in params else [None] * len(index)
-            yield list(zip(data.ids[index].tolist(), boxes, strict=True))
+            goals = params["window"][:, 2:].tolist() if "window" in params else [[augment.size] * 2] * len(index)
+            yield list(zip(data.ids[index].tolist(), boxes, goals, strict=True))
 
-    largest = 3 * min(int(data.sizes.prod(dim=1).max()), (4 * augment.size) ** 2)
+    reduced = (4 * augment.size) ** 2 if augment.crop_pct == 1 else math.inf  # whose centre is cut may be of any length
+    largest = 3 * min(int(data.sizes.prod(dim=1).max()), reduced)
     shared = num_workers == 0 or _fits_shared_memory((2 * num_workers + 1) * batch_size * largest)
     loader = DataLoader(  # each request is a batch; without a generator it would draw from the one that dropout uses
-        _Decode(data.source, augment.size, shared), batch_size=None, sampler=requests(), num_workers=num_workers,
+        _Decode(data.source, shared), batch_size=None, sampler=requests(), num_workers=num_workers,
         worker_init_fn=_leave_group, pin_memory=device.type == "cuda", generator=torch.Generator(),
         collate_fn=_as_it_is,
     )  # fmt: skip
