@@ -156,8 +156,9 @@ class Classifier:
         data = load_data(args.dataset, args.data_dir, **words, **data_words(args)).to(self.device)
         for note in data.notes[1:]:  # after the images a class
             print(note, file=sys.stderr)
-        refuse(split == "val" and data.valid is data.test, f"--split val: {args.dataset} has no validation images")
-        return {"train": data.train, "val": data.valid, "test": data.test}[split]
+        found = {"train": data.train, "val": data.valid if data.valid is not data.test else None, "test": data.test}
+        refuse(not found[split], f"--split {split}: {args.dataset} has no {split} images beside its test images")
+        return found[split]
 
     def batches(self, images: ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images and labels for `evaluate`."""

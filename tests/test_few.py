@@ -282,6 +282,12 @@ def test_other_data_may_be_split_already(photos, tmp_path):
         words = ["--data_dir", tmp_path, "--split", split, "--json"]
         done = in_process("eval.py", file_of(photos, "run", "_checkpoint.bin"), *words)
         assert json.loads(done.stdout or "{}").get("seen") == seen, done.stderr
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(tmp_path / "test" / "cat")
+    for split, seen in dict(val=5, test=5, train=None).items():
+        done = in_process("eval.py", file_of(photos, "run", "_checkpoint.bin"), *words[:2], "--split", split, "--json")
+        assert json.loads(done.stdout or "{}").get("seen") == seen, done.stderr
+    assert "--split train: imagefolder has no train images beside its test images" in done.stderr
 
 
 def test_predictions_of_a_folder(photos, tmp_path):

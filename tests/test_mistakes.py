@@ -463,7 +463,7 @@ EVAL = [
     ("{good} --images {bad}/float.tif", "pixels of 32 bits, which have no agreed range"),
     (["{good}", "--images", "{bad}/a b'\"$(touch x).png"], "a b'\"$(touch x).png: not a readable image"),
     ("{good} --images {bad}/unknown --plot attention", "--plot attention looks at single files"),
-    ("{good} --split val", "has no validation images"),
+    ("{good} --split val", "fashionmnist-mini has no val images beside its test images"),
     ("{good} --images a.png --dataset cifar10", "leave out --dataset"),
     ("{good} --dataset imagefolder --data_dir {bad}/fine", "'cat' is not among the 10 known"),
     ("{good} --labels a.csv --dataset cifar10", "goes with --dataset imagefolder, not cifar10"),

@@ -79,7 +79,7 @@ class ImageSet:
 class Data:
     """A data set ready for training."""
 
-    train: ImageSet | None  # None where only evaluation was asked for
+    train: ImageSet | None  # None where only evaluation was asked for, or there are none to evaluate on
     valid: ImageSet  # what 'best' is chosen by, during training
     test: ImageSet  # what is reported; the same object as `valid` unless images were held out
     classes: list[str]  # names in the order of the labels
@@ -213,8 +213,8 @@ def load_data(
     refuse(dataset not in DATASETS, f"no data set {dataset!r}, there are {' '.join(DATASETS)}")
     root = Path(data_dir)
     splits, found, notes = _read(dataset, root, split=emnist_split, labels=labels)
-    refuse(train and "train" not in splits, f"--data_dir {root}: has no train/; it holds {', '.join(splits)}/")
     if train and classes is None:  # of a run; another one may score data that is split already
+        refuse("train" not in splits, f"--data_dir {root}: has no train/; it holds {', '.join(splits)}/")
         refuse(test_fraction and "test" in splits, f"--test_fraction {test_fraction}: {root} has test images already")
         both = val_fraction and splits.keys() >= {"val", "test"}
         refuse(both, f"--val_fraction {val_fraction}: {root} has validation images already")
