@@ -240,6 +240,21 @@ def test_chosen_images_and_blocks(trained, photos, drawn, tmp_path, capsys):
         assert images.shape == (2, 3, 28, 28) and [name.split("\n")[0] for name in names] == ["000.png", "001.png"]
 
 
+def test_pictures_of_another_split_lie_beside_in_tensorboard(trained, folder, drawn, tmp_path, monkeypatch):
+    """And one loading of the data does for all pictures."""
+    path, loaded, load = trained("BN"), [], eval_script.load_data
+    monkeypatch.setattr(eval_script, "load_data", lambda *args, **words: loaded.append(args) or load(*args, **words))
+    for split in ("test", "train"):
+        run_eval(path, "--split", split, "--output_dir", tmp_path)
+        loaded.clear()
+        run_eval(path, "--plot", "attention", "errors", "--split", split, "--output_dir", tmp_path)
+        assert len(loaded) == 1
+    board = EventAccumulator(str(folder / "logs" / path.name.removesuffix("_checkpoint.bin"))).Reload()
+    tags = {f"visual/{part}{kind}" for part in ("", "train_") for kind in ("confusion", "errors", *ATTENTION)}
+    assert tags <= set(board.Tags()["images"])
+    assert len(board.Images("visual/confusion")) == len(board.Images("visual/train_confusion")) == 1
+
+
 def test_no_mistakes_no_picture(trained, tmp_path, capsys, monkeypatch):
     right = dict(wrong=0, seen=2000)
     monkeypatch.setattr(pictures, "most_confident_mistakes", lambda *args: right)

@@ -21,6 +21,7 @@ from torch import nn
 from utils import vis_utils
 from utils.augment import denormalize
 from utils.cli import refuse, refusing
+from utils.datasets import ImageSet
 from utils.presets import MAX_IMAGES
 from utils.run_files import run_id
 
@@ -42,7 +43,7 @@ def draw_confusion(run, result: dict, folder: Path) -> Path:
     """Draw the confusion matrix of what `eval.evaluate` returned."""
     title = f"{run.name}\n{run.args.dataset}: {100 * result['accuracy']:.2f} % of {result['seen']}"
     path = _save(run, folder, "confusion", vis_utils.plot_confusion, result["confusion"], run.classes, title=title)
-    _to_tensorboard(run, {"confusion": str(path)})
+    _to_tensorboard(run, [path])
     return path
 
 
@@ -66,7 +67,9 @@ def draw_all(
         scales, depth = layout_of(run.model)[0], len(run.model.blocks)
         blocks = blocks or sorted({i * depth // 4 for i in range(4)})
         refuse(max(blocks) >= depth, f"--blocks {max(blocks)}: the model has blocks 0 to {depth - 1}")
-        _draw_attention(add, run, scales, blocks, heads, *_shown_images(run, files, split))
+    known = None if files or not {"attention", "errors"} & {*kinds} else run.images_of(split)
+    if "attention" in kinds:
+        _draw_attention(add, run, scales, blocks, heads, *_shown_images(run, files, known))
     if "position" in kinds:
         tables = [(scale.name, similarity(scale.positions), scale.grid) for scale in layout_of(run.model)[0]]
         add("position", "similarity of position embeddings", vis_utils.plot_similarity, tables)
@@ -75,23 +78,24 @@ def draw_all(
         groups = [shown_filters(name, kernels, run.args.dataset in GRAY) for name, kernels in filters]
         add("patches", "filters of the patch embedding", vis_utils.plot_filters, groups)
     if "errors" in kinds:
-        _draw_errors(add, run, split)
-    _to_tensorboard(run, paths)
+        _draw_errors(add, run, known, split)
+    _to_tensorboard(run, paths.values())
     return paths
 
 
-def _shown_images(run, files: list[str] | None, split: str) -> tuple[torch.Tensor, list[str]]:
-    """Images (b, 3, h, w), normalised, in float32, and their names."""
+def _shown_images(run, files: list[str] | None, known: ImageSet | None) -> tuple[torch.Tensor, list[str]]:
+    """Of files, or the first image of each class: images (b, 3, h, w), normalised, in float32, and their names."""
     if files:
         return torch.cat(list(run.inputs(files))).float(), [Path(file).name for file in files]
-    known = run.images_of(split)
     index = first_of_each(known.labels)
     images = [batch for batch, _ in run.batches(known.part(index))]
     return torch.cat(images).float(), [run.classes[i] for i in known.labels[index].tolist()]
 
 
-def _to_tensorboard(run, paths: dict[str, str]) -> None:
-    """Show the pictures under the tags visual/KIND, which come after the curves, test/ and train/."""
+def _to_tensorboard(run, paths: Iterable[str | Path]) -> None:
+    """Show pictures under the tags visual/KIND, which come after the curves, test/ and train/; those of other images
+    or weights, whose names say so, beside them.
+    """
     folder = Path(run.args.log_dir) / run_id(run.args)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return
@@ -99,7 +103,8 @@ def _to_tensorboard(run, paths: dict[str, str]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as board:
-        for kind, path in paths.items():
+        for path in map(Path, paths):
+            kind = path.stem.removeprefix(f"{run_id(run.args)}_")
             with Image.open(path) as image:
                 board.add_image(f"visual/{kind}", np.asarray(image.convert("RGB")), run.step, dataformats="HWC")
 
@@ -299,8 +304,7 @@ def most_confident_mistakes(run, batches: Iterable, limit: int = 25) -> dict:
     return kept | {"wrong": wrong, "seen": seen}
 
 
-def _draw_errors(add: Callable, run, split: str) -> None:
-    known = run.images_of(split)
+def _draw_errors(add: Callable, run, known: ImageSet, split: str) -> None:
     found = Namespace(**most_confident_mistakes(run, run.batches(known)))
     if not found.wrong:
         print(f"No mistakes in {found.seen} images, so no picture of them", file=sys.stderr)
