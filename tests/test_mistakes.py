@@ -580,6 +580,8 @@ def test_odd_images_are_read(tmp_path):
     exif[0x0112] = 6  # 'turn by 90 degrees', ignored as in torchvision's ImageFolder
     flat.save(tmp_path / "turned.png", exif=exif)
     assert rgb(tmp_path / "turned.png").shape == (4, 6, 3)
+    flat.save(tmp_path / "turned.tif", exif=exif)
+    assert rgb(tmp_path / "turned.tif").shape == (6, 4, 3)  # as there, too: Pillow turns this format itself
 
 
 def test_odd_names_are_names(good, tmp_path):

@@ -95,8 +95,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def read_image(path: str | os.PathLike, short_side: int | None = None) -> Image.Image:
     """Read the first frame of an image as RGB, its shorter side reduced to `short_side` where it is longer.
 
-    As in torchvision's ImageFolder, EXIF's orientation is ignored; see `as_rgb`. UserError if it is no image,
-    truncated, too large for Pillow, or of 32 bits a pixel and channel.
+    As in torchvision's ImageFolder, EXIF's orientation is ignored, but in TIFF, which Pillow itself turns; see
+    `as_rgb`. UserError if it is no image, truncated, too large for Pillow, or of 32 bits a pixel and channel.
     """
     with _opened(path) as image:
         height, width = kept_size(image.height, image.width, short_side)
