@@ -147,8 +147,16 @@ def test_layouts_without_a_way_through(tmp_path):
     assert "no images in it; it holds CLASS/*.jpg" in message(tmp_path / "g")
 
 
-@pytest.mark.parametrize("text", ["file,label,split\n{rows}", "\ufeffFile;Label;Split\r\n{rows}"])
-def test_labels_from_a_table(tmp_path, text):
+@pytest.mark.parametrize(
+    "text, above",
+    [
+        ("file,label,split\n{rows}", ""),
+        ("\ufeffFile;Label;Split\r\n{rows}\r\n;;\r\n;;\r\n", "./"),
+        ("file,label,split\n{rows}\n\n", "{root}/"),
+    ],
+)
+def test_labels_from_a_table(tmp_path, text, above):
+    """Also with a spreadsheet's empty rows, and other ways to name a file."""
     root = tmp_path / "flat"
     rows = []
     for i in range(12):
@@ -156,7 +164,8 @@ def test_labels_from_a_table(tmp_path, text):
         rows.append((f"deep{i % 2}/{i}.png", "cat" if i % 3 else "dog", ["train", "test", ""][i % 3 if i > 8 else 0]))
     picture(root / "unnamed.png")
     joiner, end = (";", "\r\n") if "\r\n" in text else (",", "\n")
-    (root / "labels.csv").write_text(text.format(rows=end.join(map(joiner.join, rows))), encoding="utf-8")
+    lines = end.join(above.format(root=root) + joiner.join(row) for row in rows)
+    (root / "labels.csv").write_text(text.format(rows=lines), encoding="utf-8")
     data = load_data("imagefolder", root, labels="labels.csv")
     assert data.classes == ["cat", "dog"] and (len(data.train), len(data.test)) == (11, 1)
     assert names(data.test) == ["deep0/10.png"] and "1 images that" in said(data, "Not used")

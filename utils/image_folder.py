@@ -169,7 +169,7 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
 
 
 def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
-    """The same from a CSV with the columns file (below the root), label and perhaps split."""
+    """The same from a CSV with the columns file (below the root, or the whole path), label and perhaps split."""
     table = table if table.is_file() else root / table
     with refusing(f"--labels {table}: cannot be read", "a CSV in UTF-8 with the columns file,label[,split]"):
         text = table.read_text(encoding="utf-8-sig")
@@ -177,27 +177,27 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
         delimiter = ";" if ";" in head and "," not in head else ","
         rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
                 for row in csv.DictReader(io.StringIO(text), delimiter=delimiter)]  # fmt: skip
+    rows = [row for row in rows if any(row.values())]  # a spreadsheet may end with empty ones
     refuse(not rows or not {"file", "label"} <= rows[0].keys(), f"--labels {table}: no rows of file,label[,split]")
     wrong = sorted({row["split"] for row in rows if row.get("split") and row["split"].lower() not in SPLITS})
-    if wrong:
-        raise UserError(f"--labels {table}: split {wrong[0]!r} is none of {' '.join(SPLITS)}")
-    names = [nfc(row["file"]) for row in rows]
-    labelled = [(name, nfc(row["label"])) for name, row in zip(names, rows, strict=True)]
+    refuse(wrong, f"--labels {table}: split {next(iter(wrong), '')!r} is none of {' '.join(SPLITS)}")
+    for row in rows:
+        row["file"] = nfc(os.path.relpath(os.path.join(root, row["file"]), root))  # also of a whole path, or ./a.jpg
+        row["label"] = nfc(row["label"])
     there = {nfc(os.path.relpath(path, root)): path for path in files_in(root)}
     for found, what in (
-        ([name for name, n in Counter(names).items() if n > 1], "come twice"),
-        ([name for name, label in labelled if not label], "without a label"),
-        ([name for name, label in labelled if not label.isprintable()], "have a label that is no printable text"),
-        ([name for name in names if name not in there], f"are not in {root}"),
+        ([name for name, n in Counter(row["file"] for row in rows).items() if n > 1], "come twice"),
+        ([row["file"] for row in rows if not row["label"]], "without a label"),
+        ([row["file"] for row in rows if not row["label"].isprintable()], "have a label that is no printable text"),
+        ([row["file"] for row in rows if row["file"] not in there], f"are not in {root}, where / ends a folder's name"),
     ):
-        if found:
-            raise UserError(f"--labels {table}: {len(found)} files {what}, as {found[0]}")
-    classes = sorted({label for _, label in labelled})
+        refuse(found, f"--labels {table}: {len(found)} files {what}, as {next(iter(found), '')}")
+    classes = sorted({row["label"] for row in rows})
     sets = {}
-    for name, row in sorted(zip(names, rows, strict=True), key=lambda pair: pair[0]):
+    for row in sorted(rows, key=lambda row: row["file"]):
         paths, labels = sets.setdefault(SPLITS[(row.get("split") or "train").lower()], ([], []))
-        paths.append(there[name])
-        labels.append(classes.index(nfc(row["label"])))
+        paths.append(there[row["file"]])
+        labels.append(classes.index(row["label"]))
     rest = sum(map(is_image, there.values())) - len(rows)
     return sets, classes, [f"Not used: {rest} images that {table} does not name"] * (rest > 0)
 
