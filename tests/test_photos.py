@@ -99,6 +99,17 @@ def test_names_of_split_folders(tmp_path, folders, chosen, sizes):
         assert "validation" in data.valid.paths[0] and "Test" in data.test.paths[0]
 
 
+def test_val_and_test_folders_with_the_recipe_for_photos(tmp_path):
+    """Its --val_fraction is for folders without val/."""
+    write_classes(tmp_path / "train", cat=10, dog=10)
+    for split in ("val", "test"):
+        write_classes(tmp_path / split, cat=2, dog=2)
+    data = load_data("imagefolder", tmp_path, val_fraction=0.1)
+    assert (len(data.train), len(data.valid), len(data.test)) == (20, 4, 4) and data.selected_on == "val"
+    assert said(data, "--val_fraction") == "There are validation images, so --val_fraction 0.1 holds out no others"
+    assert "val_fraction" not in "".join(load_data("imagefolder", tmp_path).notes)
+
+
 def test_val_folder_and_a_fraction_for_testing(tmp_path):
     write_classes(tmp_path / "train", cat=10, dog=10)
     write_classes(tmp_path / "val", cat=2, dog=2)

@@ -216,8 +216,8 @@ def load_data(
     if train and classes is None:  # of a run; another one may score data that is split already
         refuse("train" not in splits, f"--data_dir {root}: has no train/; it holds {', '.join(splits)}/")
         refuse(test_fraction and "test" in splits, f"--test_fraction {test_fraction}: {root} has test images already")
-        both = val_fraction and splits.keys() >= {"val", "test"}
-        refuse(both, f"--val_fraction {val_fraction}: {root} has validation images already")
+        if val_fraction and splits.keys() >= {"val", "test"}:
+            notes.append(f"There are validation images, so --val_fraction {val_fraction} holds out no others")
     if splits.keys() == {"train"} and not test_fraction:
         test_fraction = 0.2
         notes.append(f"No test images, so {test_fraction} of each class are for testing (--test_fraction)")
