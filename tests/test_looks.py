@@ -109,6 +109,37 @@ def test_a_font_that_has_the_characters_is_taken(monkeypatch, capsys):
     rcParams["font.family"] = ["DejaVu Sans"]
 
 
+@pytest.mark.parametrize("kind", ["attention", "errors"])
+def test_names_of_classes_and_of_files_are_written_alike(kind, monkeypatch, capsys):
+    """One picture has one list of fonts, and no two names have one number."""
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: ["/dev/null"])
+    asked, legible, drawn = [], vis_utils.legible, {}
+    monkeypatch.setattr(vis_utils, "legible", lambda names: asked.append(names) or legible(names))
+    model = create_model("ViT-Ti_16", image_size=8, patch_size=4, num_classes=3, **SIZES).eval()
+    images, half = torch.zeros(2, 3, 8, 8), [0.5] * 3
+
+    def probabilities(x):
+        return torch.tensor([[0.1, 0.2, 0.7]]).expand(len(x), 3)
+
+    run = Namespace(
+        model=model, classes=["cat", "개", "새"], probabilities=probabilities, args=Namespace(mean=half, std=half)
+    )
+    if kind == "attention":
+        scales = pictures.layout_of(model)[0]
+        pictures._draw_attention(
+            lambda name, *of: drawn.update({name: of}), run, scales, [0], None, images, ["새", "ㄱ.png"]
+        )
+        *_, names, _ = drawn["attention_class"]
+        assert names == ["#2\n→ #2 70 %", "#4\n→ #2 70 %"]
+    else:
+        run.batches = lambda known: [(images, torch.tensor([1, 0]))]
+        known = Namespace(ids=torch.tensor([1, 0]), paths=["photos/개/1.png", "photos/개/ㄱ.png"])
+        pictures._draw_errors(lambda name, *of: drawn.update({name: of}), run, known, "test")
+        *_, true, predicted, _, names = drawn["errors"]
+        assert (true, predicted, names) == (["#1", "cat"], ["#2", "#2"], ["#3", "1.png"])
+    assert len(asked) == 1 and capsys.readouterr().err.count("\n") == 1
+
+
 KINDS = {
     "ViT": ("ViT-Ti_16", dict(image_size=32, patch_size=4)),
     "Rescale": ("ViT-Ti_16", dict(image_size=32, patch_size=4, norm_type="Rescale")),

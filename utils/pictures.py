@@ -228,20 +228,20 @@ def _draw_attention(
     seen = look(run.model, images, blocks)
     probability, label = run.probabilities(images).max(dim=1)
     pixels = denormalize(images, run.args.mean, run.args.std)
-    names, classes = (vis_utils.legible(texts) for texts in (names, run.classes))
-    names = [vis_utils.shorten(name) for name in names]
+    shown = [vis_utils.shorten(text) for text in vis_utils.legible([*run.classes, *names])]
+    names = shown[len(run.classes) :]
     columns = [
-        f"{name}\n→ {vis_utils.shorten(classes[i])} {100 * p:.0f} %"
+        f"{name}\n→ {shown[i]} {100 * p:.0f} %"
         for name, i, p in zip(names, label.tolist(), probability.tolist(), strict=True)
     ]
     heads, depth = len(seen.distances[0]), len(seen.distances)
-    shown = f", the first {MAX_HEADS} of {heads} heads" if heads > MAX_HEADS and not chosen else ""
+    part = f", the first {MAX_HEADS} of {heads} heads" if heads > MAX_HEADS and not chosen else ""
     chosen = chosen or list(range(min(heads, MAX_HEADS)))
     refuse(max(chosen) >= heads, f"--heads {max(chosen)}: the model has heads 0 to {heads - 1}")
     parts = [(scale.name, scale.first, scale.end) for scale in scales]
     merged = [i for i in blocks if i >= min(getattr(run.model, "merges", [depth]))]
     values = (seen.heads[:, chosen], blocks, chosen, parts, pixels[0], merged)
-    add("attention_heads", f"attention in {names[0]}{shown}", vis_utils.plot_heads, *values)
+    add("attention_heads", f"attention in {names[0]}{part}", vis_utils.plot_heads, *values)
     rows = _by_scale("last block,\nmean of heads", seen.last, scales) + _by_scale("rollout", seen.rolled[:, -1], scales)
     title = "where the class token looks: in the last block, and through all blocks (rollout)"
     add("attention_class", title, vis_utils.plot_overlays, pixels, columns, rows)
@@ -309,11 +309,11 @@ def _draw_errors(add: Callable, run, known: ImageSet, split: str) -> None:
     if not found.wrong:
         print(f"No mistakes in {found.seen} images, so no picture of them", file=sys.stderr)
         return
-    classes = vis_utils.legible(run.classes)
-    true, predicted = ([classes[i] for i in labels.tolist()] for labels in (found.true, found.predicted))
     ids = known.ids[found.index.cpu()].tolist()
-    files = known.paths and vis_utils.legible([Path(known.paths[i]).name for i in ids])
-    names = files or [f"{split} image {i}" for i in ids]
+    names = [Path(known.paths[i]).name if known.paths else f"{split} image {i}" for i in ids]
+    shown = vis_utils.legible([*run.classes, *names])
+    true, predicted = ([shown[i] for i in labels.tolist()] for labels in (found.true, found.predicted))
+    names, probability = shown[len(run.classes) :], found.probability.tolist()
     images = denormalize(found.images, run.args.mean, run.args.std)
     title = f"the {len(images)} most confident of {found.wrong} mistakes in {found.seen} {split} images"
-    add("errors", title, vis_utils.plot_mistakes, images, true, predicted, found.probability.tolist(), names)
+    add("errors", title, vis_utils.plot_mistakes, images, true, predicted, probability, names)

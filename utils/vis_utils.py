@@ -22,8 +22,8 @@ warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names
 
 
 def legible(names: list[str]) -> list[str]:
-    """Names as a font of this machine can write them: with further fonts than matplotlib's where these have their
-    characters, else numbers, `#3`, which a line on stderr explains.
+    """All names of a picture as a font of this machine can write them: with further fonts than matplotlib's where these
+    have their characters, else their places, `#3`, which a line on stderr explains.
     """
     from matplotlib import font_manager, rcParams
 
@@ -37,7 +37,7 @@ def legible(names: list[str]) -> list[str]:
                 font_manager.fontManager.addfont(path)
                 rcParams["font.family"] = [*rcParams["font.family"], font.family_name]
                 missing -= found
-    unknown = {name: f"#{i}" for i, name in enumerate(names) if missing.intersection(map(ord, name))}
+    unknown = {name: f"#{names.index(name)}" for name in names if missing.intersection(map(ord, name))}
     if unknown:
         shown = ", ".join(f"{number} {name}" for name, number in list(unknown.items())[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
