@@ -50,7 +50,7 @@ def test_bare_class_folders_are_split_by_class(tmp_path):
     counts = [part.labels.bincount(minlength=3).tolist() for part in (data.train, data.valid, data.test)]
     assert counts == [[12, 8, 1], [4, 2, 0], [4, 2, 0]]
     assert said(data, "Images a class") == "Images a class, train/val/test: cat 12/4/4, dog 8/2/2, eel 1/0/0"
-    assert "0.2 of each class are for testing (--test_fraction)" in said(data, "No test images")
+    assert "0.2 of each class are for testing (--test_fraction of train.py; " in said(data, "No test images")
     everything = names(data.train) + names(data.valid) + names(data.test)
     assert len(set(everything)) == 33
     scored = load_data("imagefolder", tmp_path, val_fraction=0.25, train=False)
@@ -108,6 +108,22 @@ def test_val_and_test_folders_with_the_recipe_for_photos(tmp_path):
     assert (len(data.train), len(data.valid), len(data.test)) == (20, 4, 4) and data.selected_on == "val"
     assert said(data, "--val_fraction") == "There are validation images, so --val_fraction 0.1 holds out no others"
     assert "val_fraction" not in "".join(load_data("imagefolder", tmp_path).notes)
+
+
+def test_a_val_folder_that_is_tested_on_is_decoded_once(tmp_path):
+    for split in ("train", "val"):
+        write_classes(tmp_path / split, cat=2, dog=2)
+    tested = names(load_data("imagefolder", tmp_path).test)
+    scored = load_data("imagefolder", tmp_path, train=False)
+    assert names(scored.test) == tested and scored.valid is scored.test
+    assert sorted(path.name for path in tmp_path.glob("*.npz")) == ["train.cache.npz", "val.cache.npz"]
+
+
+def test_a_part_that_is_scored_is_said(tmp_path):
+    """Also where a run's own fraction decides it."""
+    write_classes(tmp_path, cat=10, dog=10)
+    scored = load_data("imagefolder", tmp_path, train=False, classes=["cat", "dog"], test_fraction=0.5)
+    assert len(scored.test) == 10 and "so 0.5 of each class are for testing" in said(scored, "No test images")
 
 
 def test_val_folder_and_a_fraction_for_testing(tmp_path):

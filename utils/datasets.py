@@ -218,11 +218,12 @@ def load_data(
         refuse(test_fraction and "test" in splits, f"--test_fraction {test_fraction}: {root} has test images already")
         if val_fraction and splits.keys() >= {"val", "test"}:
             notes.append(f"There are validation images, so --val_fraction {val_fraction} holds out no others")
-    if splits.keys() == {"train"} and not test_fraction:
-        test_fraction = 0.2
-        notes.append(f"No test images, so {test_fraction} of each class are for testing (--test_fraction)")
+    if splits.keys() == {"train"}:
+        test_fraction = test_fraction or 0.2
+        ways = "--test_fraction of train.py; of a folder test/, all"
+        notes.append(f"No test images, so {test_fraction} of each class are for testing ({ways})")
     if not train and (not test_fraction or "test" in splits):
-        splits = {"test": splits.get("test", splits.get("val"))}
+        splits = {name: splits[name] for name in ["test" if "test" in splits else "val"]}
     if classes is None:
         refuse(len(found) == 1, f"{root}: only one class, {found[0]}; there must be two")
     else:
