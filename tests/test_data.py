@@ -17,7 +17,7 @@ from PIL import Image
 from utils import image_sources
 from utils.augment import Augment
 from utils.cli import UserError
-from utils.data_utils import train_batches
+from utils.data_utils import eval_batches, train_batches
 from utils.datasets import MINI, load_data
 from utils.image_sources import Files, Ragged, Uniform
 from utils.presets import DATASETS
@@ -230,6 +230,18 @@ def test_streaming_gives_the_images_of_memory(tmp_path, aug, num_workers):
     for (a, labels), (b, other) in zip(*batches, strict=True):
         assert torch.equal(labels, other)
         assert (a - b).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [(10, 10), (90, 90)])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_streamed_image_whose_size_changes_is_refused(tmp_path, size, num_workers):
+    """Its box would not fit, or be its corner alone."""
+    write_folder(tmp_path, [(20, 30), (25, 16)])
+    data = load_data("imagefolder", tmp_path, memory_limit=0).test
+    Image.new("RGB", size).save(tmp_path / "test" / "cat" / "001.png")
+    batches = eval_batches(data, Augment(16, *HALF), batch_size=8, device=CPU, num_workers=num_workers)
+    with pytest.raises(UserError, match="/cat/001.png: not of the size that it had before; bring it back as it was"):
+        next(batches)
 
 
 def test_large_streamed_images_are_reduced_first(tmp_path):
