@@ -230,10 +230,8 @@ def _draw_attention(
     pixels = denormalize(images, run.args.mean, run.args.std)
     shown = [vis_utils.shorten(text) for text in vis_utils.legible([*run.classes, *names])]
     names = shown[len(run.classes) :]
-    columns = [
-        f"{name}\n→ {shown[i]} {100 * p:.0f} %"
-        for name, i, p in zip(names, label.tolist(), probability.tolist(), strict=True)
-    ]
+    answers = zip(names, label.tolist(), probability.tolist(), strict=True)
+    columns = [f"{name}\n→ {shown[i]} {100 * p:.0f} %" for name, i, p in answers]
     heads, depth = len(seen.distances[0]), len(seen.distances)
     part = f", the first {MAX_HEADS} of {heads} heads" if heads > MAX_HEADS and not chosen else ""
     chosen = chosen or list(range(min(heads, MAX_HEADS)))
