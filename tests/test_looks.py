@@ -96,6 +96,11 @@ def test_names_without_a_font_are_numbers(monkeypatch, capsys):
     assert error == "no font here has the characters of #1 图像, #3 사진: pictures show the numbers\n"
 
 
+def test_names_that_are_no_text_are_escaped():
+    """As of files that a Korean Windows has zipped, which matplotlib would refuse."""
+    assert vis_utils.legible(["a.png", "\udcbb\udce7.png", "a\nb"]) == ["a.png", r"\udcbb\udce7.png", r"a\nb"]
+
+
 def test_a_font_that_has_the_characters_is_taken(monkeypatch, capsys):
     """As if only DejaVu's monospaced font, which comes with matplotlib, had the letters."""
     fonts = {font.name: font.fname for font in font_manager.fontManager.ttflist if font.style == "normal"}

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from einops import rearrange
 
+from utils.cli import one_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -42,7 +44,7 @@ def legible(names: list[str]) -> list[str]:
         shown = ", ".join(f"{number} {name}" for name, number in list(unknown.items())[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         print(f"no font here has the characters of {shown}{more}: pictures show the numbers", file=sys.stderr)
-    return [unknown.get(name, name) for name in names]
+    return [unknown.get(name, one_line(name)) for name in names]
 
 
 def width(text: str, size: float) -> float:
