@@ -46,6 +46,7 @@ from utils.device import autocast, choose_device, keep_memory, memory_limit, usa
 from utils.export import export
 from utils.image_folder import files_in, is_image, listed, not_read, other_files
 from utils.image_sources import as_rgb, read_image
+from utils.vis_utils import cells
 
 Images = str | Path | Image.Image | torch.Tensor | Sequence[str | Path | Image.Image | torch.Tensor]
 
@@ -205,10 +206,10 @@ def score(run: Classifier, args: Namespace, folder: Path) -> None:
     print(f"Loss: {result['loss']:.5f}\nBalanced accuracy: {means['balanced_accuracy']:.5f}")
     macro = [means[f"macro_{name}"] for name in ("precision", "recall", "f1")]
     rows.append(("mean of the classes", *macro, result["seen"]))
-    width = max(len(name) for name, *_ in rows)
+    width = max(cells(name) for name, *_ in rows)
     print(f"  {'Class':<{width}}  precision  recall      F1  images")
     for name, precision, recall, f1, n in rows:
-        print(f"  {name:<{width}}     {precision:.4f}  {recall:.4f}  {f1:.4f}  {n:>6}")
+        print(f"  {name}{' ' * (width - cells(name))}     {precision:.4f}  {recall:.4f}  {f1:.4f}  {n:>6}")
     for true, taken, n, of in worst:
         print(f"{true} taken for {taken}: {n} of {of}")
     print(f"Confusion matrix: {picture}")

@@ -263,6 +263,16 @@ def test_evaluation_of_each_split(photos):
     assert re.search(r"(cat taken for dog|dog taken for cat): \d of 2", out) or "(4/4)" in out
 
 
+def test_scores_stand_in_columns_in_any_script(tmp_path):
+    """As a terminal shows them, where a Korean character is as wide as two letters."""
+    write_folder(tmp_path / "photos", splits=["."], classes=["고양이", "dog"])
+    words = [word for word in TINY if word not in ("--dataset", "fashionmnist-mini")]
+    run("--name", "run", *words, "--data_dir", tmp_path / "photos", "--num_steps", 1, *places(tmp_path))
+    out = in_process("eval.py", file_of(tmp_path, "run", "_checkpoint.bin")).stdout
+    cat, dog = (len(re.search(rf"^  {name} +(?=\d)", out, re.MULTILINE)[0]) for name in ("고양이", "dog"))
+    assert cat + 3 == dog
+
+
 def test_pictures_of_other_data_lie_beside(photos, tmp_path):
     path = file_of(photos, "run", "_checkpoint.bin")
     first = json.loads(in_process("eval.py", path, "--json").stdout)["confusion_png"]

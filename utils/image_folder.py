@@ -153,7 +153,7 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
         mixed = others and "train" not in splits
         also = ", ".join(others[:5])
         refuse(mixed, f"--data_dir {root}: holds {also} beside {min(splits.values())}; move the classes into train/")
-    sets, classes, skipped, notes = {}, [], Counter(), []
+    sets, classes, skipped = {}, [], Counter()
     for split in sorted(splits, key="train val test".split().index):
         found, other = class_folders(splits[split])
         skipped.update(other)
@@ -161,10 +161,7 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
         check_known(splits[split], found, classes)
         paths = [path for images in found.values() for path in images]
         sets[split] = paths, [classes.index(name) for name, images in found.items() for _ in images]
-    if skipped:
-        notes.append(not_read(skipped))
-    if unused:
-        notes.append(f"Not used: {', '.join(unused)}")
+    notes = [not_read(skipped)] * bool(skipped) + [f"Not used: {', '.join(unused)}"] * bool(unused)
     return sets, classes, notes
 
 

@@ -53,7 +53,7 @@ def width(text: str, size: float) -> float:
 
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     font.set_size(size, 72)
-    narrow = "".join(char for char in text if _columns(char) == 1)
+    narrow = "".join(char for char in text if cells(char) == 1)
     font.set_text(narrow)
     return font.get_width_height()[0] / 64 / 72 + (len(text) - len(narrow)) * size / 72
 
@@ -95,15 +95,15 @@ def legend_below(figure) -> None:
     figure.set_figheight(figure.get_figheight() + legend.get_window_extent(figure.canvas.get_renderer()).height / 100)
 
 
-def _columns(text: str) -> int:
+def cells(text: str) -> int:
     """How many letters a text is as wide as; Chinese, Japanese and Korean characters count two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def shorten(text: str, length: int = 20) -> str:
-    if _columns(text) <= length:
+    if cells(text) <= length:
         return text
-    while _columns(text) > length - 1:
+    while cells(text) > length - 1:
         text = text[:-1]
     return f"{text}…"
 
