@@ -67,7 +67,7 @@ def train_parser() -> Parser:
     g.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder without class folders: columns file,label and perhaps split (train, val, test)")
     g.add_argument("--test_fraction", type=cli.bounded(float, 0, 0.9, open_low=True), default=None, help="part of each class of an image folder without test images that is held out for testing [0.2 where there is no val/ either; with -v, that of the checkpoint]")
     g.add_argument("--emnist_split", choices=EMNIST_SPLITS, default="mnist")
-    g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; with 0 it is chosen on val/ where an image folder has that and test images, else on the test set, as the reference projects do")
+    g.add_argument("--val_fraction", type=cli.rate, default=0.0, help="part of the training images (of image files, of each class) held out to choose the best checkpoint by; where an image folder has val/ and test images it is chosen on val/ instead, else with 0 on the test set, as the reference projects do")
     g.add_argument("--img_size", type=cli.positive_int, default=None, help="side in pixels that images are resized to [224, or that of --load_model_dir]")
     g.add_argument("--normalize", action=Replaces, const="mean std", choices=NORMALIZE, default=None, help="mean and std of the pixels [those of the weights that are loaded, where they are known, else half: to -1..1]")
     g.add_argument("--mean", action=Replaces, const="normalize", type=cli.fraction, nargs=3, default=None, help="of pixels in 0..1, instead of --normalize")
