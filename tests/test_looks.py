@@ -89,6 +89,14 @@ def test_confusion(n, names):
     assert axes.bbox.height > 0.4 * figure.bbox.height
 
 
+def test_a_class_without_images_has_no_share_of_them():
+    """As in other data, which may lack some: 0 % on the diagonal would say that all are wrong."""
+    figure = vis_utils.plot_confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 2, 2]]), ["a", "b", "c"], "title")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75", "25", "0", "0", "50", "50"]
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.mask.tolist() == [[True, False, False], [True] * 3, [False, False, True]] and shown.max() == 50
+
+
 def test_names_without_a_font_are_numbers(monkeypatch, capsys):
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: ["/dev/null"])
     assert vis_utils.legible(["cat", "图像", "é", "사진"]) == ["cat", "#1", "é", "#3"]

@@ -111,10 +111,10 @@ def shorten(text: str, length: int = 20) -> str:
 def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str):
     """Draw a confusion matrix, (classes, classes) counts whose rows are the true classes, in percent of each row.
 
-    Colour shows the errors, up to the largest; what is right, on the diagonal, is gray.
+    Colour shows the errors, up to the largest; gray is what is right, on the diagonal, and a class without images.
     """
     n = len(classes)
-    percent = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    percent = (100 * confusion / confusion.sum(dim=1, keepdim=True)).numpy()
     errors = np.where(np.eye(n, dtype=bool), np.nan, percent)
     names = [shorten(name, 24) for name in legible(classes)]
     size = 9 if n <= 20 else 7 if n <= 50 else 5.5
@@ -130,7 +130,7 @@ def plot_confusion(confusion: torch.Tensor, classes: list[str], title: str):
     axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=size)
     axes.set_yticks(ticks, [names[i] for i in ticks], fontsize=size)
     if n <= 20:
-        for i, j in np.ndindex(n, n):
+        for i, j in np.argwhere(~np.isnan(percent)):
             color = "white" if i != j and percent[i, j] > 0.6 * image.norm.vmax else "black"
             axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
     return figure
