@@ -220,8 +220,8 @@ def load_data(
             notes.append(f"There are validation images, so --val_fraction {val_fraction} holds out no others")
     if splits.keys() == {"train"}:
         test_fraction = test_fraction or 0.2
-        ways = "--test_fraction of train.py; of a folder test/, all"
-        notes.append(f"No test images, so {test_fraction} of each class are for testing ({ways})")
+        way = "--test_fraction of train.py; images in test/ would all be"
+        notes.append(f"No test images, so {test_fraction} of each class are for testing ({way})")
     if not train and (not test_fraction or "test" in splits):
         splits = {name: splits[name] for name in ["test" if "test" in splits else "val"]}
     if classes is None:
