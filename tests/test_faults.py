@@ -356,16 +356,22 @@ def test_both_damaged_say_the_way_out(begun):
 
 
 @pytest.mark.parametrize("text", [None, "", '{"event": "end"}\n'])
-def test_lost_settings_say_the_way_out(begun, text):
+def test_lost_settings_say_the_way_out(begun, text, capsys):
     log = begun / "output" / f"{ID}.jsonl"
     log.unlink() if text is None else log.write_text(text)
-    for words in ([], ["--dry_run"], ["--extend", "--num_steps", 30]):
-        with pytest.raises(UserError, match=f"{ID}.jsonl: lacks the run's settings; bring it back, or --overwrite"):
+    lacks = f"{ID}.jsonl: lacks the run's settings; bring it back, or --overwrite"
+    for words in ([], ["--extend", "--num_steps", 30]):
+        with pytest.raises(UserError, match=lacks):
             train_here(*RUN, *places(begun), *words)
+    capsys.readouterr()
+    assert train_here(*RUN, *places(begun), "--dry_run") == 0  # of a sweep, one such log stops no other run
+    assert "24 steps; would be refused: " in (out := capsys.readouterr().out) and lacks in out
 
 
-def test_damaged_log_may_be_overwritten(begun):
+def test_damaged_log_may_be_overwritten(begun, capsys):
     (begun / "output" / f"{ID}.jsonl").write_text("{\n{}\n")
+    assert train_here(*RUN, *places(begun), "--dry_run") == 0
+    assert "line 1 is no JSON object; move the file away" in capsys.readouterr().out
     assert train_here(*RUN, *places(begun), "--overwrite", "--num_steps", 1) == 0
 
 

@@ -170,15 +170,18 @@ def test_dry_run_says_what_would_be_done(reference, unfinished):
     assert not new.exists()
     assert plan(unfinished).startswith("12 steps; goes on after step 8 of 12; time unknown, ")
     assert plan(unfinished, "--lr", 1, "--seed", 42) == (
-        "12 steps; would be refused, as the run exists with learning_rate 0.001 -> 1.0"
+        f"12 steps; would be refused: run {ID} exists with other settings: learning_rate 0.001 -> 1.0; "
+        "another --name, or --overwrite"
     )
     best, last = (records(reference)[-1][f"{name}_accuracy"] for name in ("best", "last"))
     assert plan(reference) == f"12 steps; finished: best accuracy {best:f}, last {last:f}"
-    assert "would be refused, as the run exists with num_steps 12 -> 24" in plan(reference, "--num_steps", 24)
+    assert "exists with other settings: num_steps 12 -> 24" in plan(reference, "--num_steps", 24)
     assert plan(reference, "--overwrite", "--lr", 1).startswith("12 steps; about ")
     assert plan(reference, "-v").startswith("evaluates ") and str(reference) in plan(reference, "-v")
-    assert "no run to extend, or a longer one" in plan(reference, "--extend", "--num_steps", 6)
-    assert "no run to extend, or a longer one" in plan(new, "--extend")
+    # what is refused is told in the words of the run itself
+    for folder, words in ((reference, ["--extend", "--num_steps", 6]), (new, ["--extend"]), (unfinished, ["--lr", 1])):
+        told = plan(folder, *words).split(" steps; would be refused: ")[1]
+        assert run("train.py", *RUN, *places(folder), *words, check=2).stderr == f"train.py: error: {told}\n"
     # a finished run of equal cost tells the time: 100 times as many steps
     minutes = records(reference)[-1]["seconds"] / 60
     out = plan(reference, "--name", "other", "--num_steps", 1200, "--lr", 0.1)

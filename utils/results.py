@@ -15,7 +15,7 @@ from pathlib import Path
 
 from models import MODELS, NORM_TYPES
 from utils.cli import UserError, refuse, refusing
-from utils.run_files import LENGTH, NOT_SETTINGS, RunFiles, read_records, read_text, settings, steps_of
+from utils.run_files import NOT_SETTINGS, RunFiles, read_records, read_text, settings, steps_of
 
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
 SIZES = {"patch_size": "patch", "dim": "dim", "depth": "depth", "heads": "heads", "mlp_dim": "mlp", "stem": "stem"}
@@ -370,16 +370,15 @@ def plan(args: Namespace) -> tuple[str, float | None]:
     """
     if args.validate:
         return f"evaluates {args.load_model_dir} alone", 0.0
-    files, now = RunFiles.of(args), settings(args)
-    unit, state = "num_steps" if args.num_steps else "epochs", "new" if args.overwrite else files.state
+    files, now, unit = RunFiles.of(args), settings(args), "num_steps" if args.num_steps else "epochs"
     steps = f"{args.num_steps} steps" if args.num_steps else f"{args.epochs:g} epochs"
-    if state != "new" and (changed := files.differences(now, free=LENGTH if args.extend else ())):
-        return f"{steps}; would be refused, as the run exists with {', '.join(changed[:3])}", 0.0
+    try:
+        state = "new" if args.overwrite else files.state
+        if not args.overwrite:
+            files.check_settings(now, args.extend)
+    except UserError as error:
+        return f"{steps}; would be refused: {error}", 0.0
     had = files.record("start")["settings"] if state != "new" else {}
-    if args.extend and (not had or steps_of(now, had) < had["num_steps"]):
-        return f"{steps}; would be refused, as there is no run to extend, or a longer one", 0.0
-    if args.extend and state == "finished" and not files.saved:
-        return f"{steps}; would be refused, as {files.last} is gone", 0.0
     if state == "finished" and not (args.extend and steps_of(now, had) > had["num_steps"]):
         return f"{steps}; finished: {scores(files)}", 0.0
     try:

@@ -143,16 +143,19 @@ class RunFiles:
             way_out = "bring them back, or start anew: another --name, with --pretrained_dir"
             text = f"{', '.join(changed)}; {way_out} {self.best} to keep what it learnt, or --overwrite"
             raise UserError(f"run {self.id} exists with other images: {text}")
-        changed = self.differences(now, free=LENGTH if extend else ())
+        self.check_settings(now, extend)
+
+    def check_settings(self, now: dict, extend: bool) -> None:
+        """UserError where the run on disk has other settings, or isn't there to be extended."""
+        changed = ", ".join(self.differences(now, free=LENGTH if extend else ()))
         if extend:
             refuse(self.state == "new", f"--extend: there is no run {self.id} to go on with")
             lost = self.state == "finished" and not self.saved
             refuse(lost, f"--extend: {self.last} is gone, from which run {self.id} would go on; see --load_model_dir")
-            had = self.record("start")["settings"]["num_steps"]
-            refuse(now["num_steps"] < had, f"--extend to {now['num_steps']} steps: run {self.id} has {had} already")
-        if changed:
-            shown = ", ".join(changed)
-            raise UserError(f"run {self.id} exists with other settings: {shown}; another --name, or --overwrite")
+            old = self.record("start")["settings"]
+            steps, had = steps_of(now, old), old["num_steps"]
+            refuse(steps < had, f"--extend to {steps} steps: run {self.id} has {had} already")
+        refuse(changed, f"run {self.id} exists with other settings: {changed}; another --name, or --overwrite")
 
     def delete(self) -> None:
         """Remove every file of the run; its settings last, by which a half-removed one is known."""
