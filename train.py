@@ -222,6 +222,7 @@ class Trainer:
             run_id=self.files.id, model=self.config, parameters=self.parameters, gflops=self.gflops,
             classes=data.classes, files=data.files, images=[len(data.train), len(data.valid), len(data.test)],
             selected_on=data.selected_on, processes=self.processes.world, precision=self.precision,
+            statistics=bool(self.statistics),
             torch=torch.__version__, memory_limit=args.memory_limit,
             device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         )  # fmt: skip

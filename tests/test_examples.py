@@ -118,6 +118,9 @@ def test_own_model_edits_no_file_of_the_kit(tmp_path):
     assert "is finished: best accuracy" in run("examples/own_model.py", *words)
     other = in_process("examples/own_model.py", *words, "--width", 16)
     assert other.returncode == 2 and "exists with other settings: width 8 -> 16" in other.stderr
+    # batch statistics of an own model, too, are of passes
+    other = in_process("examples/own_model.py", *words, "--gradient_accumulation_steps", 2)
+    assert other.returncode == 2 and "other settings: gradient_accumulation_steps 1 -> 2;" in other.stderr
     names = re.findall(r"own_model.py --name (\w+)", (ROOT / "examples" / "own_model.py").read_text())
     assert len({*names}) == len(names) == 2  # so its own lines are not refused, one after another
     assert "| ConvNet" in run("plot.py", tmp_path / "output")

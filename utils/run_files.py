@@ -106,13 +106,14 @@ class RunFiles:
         """
         if self.state == "new":
             return []
-        old = (self.record("start") or {}).get("settings")
+        start = self.record("start") or {}
+        old = start.get("settings")
         lacks = f"{self.json}: lacks the run's settings; bring it back, or --overwrite the run"
         refuse(not isinstance(old, dict), lacks)
         if now["num_steps"] is None:
             now = now | dict(epochs=None, num_steps=steps_of(now, old))
         # accumulation makes the same update of more passes, except where each pass has statistics of its own
-        if now.get("norm_type") not in ("BN", "Rescale") and now.get("stem") != "residual":
+        if start.get("statistics") is False:
             free = {*free, "gradient_accumulation_steps"}
         return [
             f"{name} {old[name]} -> {value}"
