@@ -352,8 +352,8 @@ class Trainer:
             if signum and not at_end:
                 bar.close()
                 by = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-                saved = f"after step {progress.step}; saved, the same command goes on from there"
-                self.log.info(f"Stopped by {by} {saved}")
+                again = f"the same command{', without --overwrite,' * args.overwrite} goes on from there"
+                self.log.info(f"Stopped by {by} after step {progress.step}; saved, {again}")
                 return 128 + signum
         bar.close()
         self.finish()

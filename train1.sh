@@ -58,6 +58,6 @@ for gpu in $GPUS; do worker "$gpu" "$@" & workers="${workers:-} $!"; done
 stop() { echo "$1" >"$state/stop"; kill $workers 2>/dev/null; } # status; every run saves and ends
 trap 'stop 129' HUP; trap 'stop 130' INT; trap 'stop 138' USR1; trap 'stop 143' TERM
 for each in $workers; do await "$each"; done
-[ ! -e "$state/stop" ] || { echo "sweep stopped; the same command goes on from here" >&2; exit "$(cat "$state/stop")"; }
+[ ! -e "$state/stop" ] || { echo "sweep stopped; the same command, without --overwrite, goes on from here" >&2; exit "$(cat "$state/stop")"; }
 [ -n "$CELL" ] || "$PYTHON" plot.py "$OUTPUT" || echo "  plot.py $OUTPUT: status $?" >>"$state/failed"
 [ ! -e "$state/failed" ] || { echo "failed:" >&2; cat "$state/failed" >&2; exit 1; }

@@ -169,14 +169,24 @@ def test_killed_25_times_it_ends_as_the_uninterrupted_one(start, whole, tmp_path
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_and_leaves_with_its_status(start, whole, tmp_path, capsys, how):
-    process = start(*RUN, *places(tmp_path), pause=0.1)
+    new = ["--overwrite"] * (how == signal.SIGTERM)
+    process = start(*RUN, *new, *places(tmp_path), pause=0.1)
     wait_for((tmp_path / "output" / LAST).exists, process)
     os.kill(process.pid, how)
     assert end_of(process) == (128 + how, "")
     step = checkpoint.read_file(tmp_path / "output" / LAST)["step"]
     by = "Ctrl-C" if how == signal.SIGINT else how.name
-    assert f"Stopped by {by} after step {step}; saved" in (tmp_path / "output" / f"{ID}.txt").read_text()
+    line = f"Stopped by {by} after step {step}; saved, the same command{', without --overwrite,' * len(new)} goes on"
+    assert line in (tmp_path / "output" / f"{ID}.txt").read_text()
     assert_goes_on(tmp_path, whole, capsys)
+
+
+@pytest.mark.parametrize("who", ["TORCHELASTIC", "SLURM"])
+def test_a_command_that_is_started_again_overwrites_nothing(whole, begun, monkeypatch, capsys, who):
+    monkeypatch.setenv(f"{who}_RESTART_COUNT", "1")
+    assert train_here(*RUN, *places(begun), "--overwrite") == 0
+    assert "Resuming" in capsys.readouterr().out
+    assert_same_run(begun, whole)
 
 
 def test_signal_to_the_whole_group_leaves_streaming_workers_alone(start, tmp_path):

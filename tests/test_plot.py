@@ -325,7 +325,7 @@ def test_stopped_sweep_loses_nothing(tmp_path, how, gpus):
         process.send_signal(how)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + how, (out, error)
-    assert error.endswith("sweep stopped; the same command goes on from here\n")
+    assert error.endswith("sweep stopped; the same command, without --overwrite, goes on from here\n")
     logs = [path.read_text() for path in sweep.output.glob("*.txt")]
     assert len(logs) == workers and all("saved, the same command goes on from there" in log for log in logs)
     with pytest.raises(ProcessLookupError):  # nobody of the group is left

@@ -52,7 +52,7 @@ def train_parser() -> Parser:
     g.add_argument("--name", default=None, help="begins the run id {name}_{model_type}_norm_{norm_type}_fp_{True|False}_img_{size}_pretrain_{T|F}[_seed_N] [the data set's]")
     g.add_argument("--output_dir", default="output", help="for logs and checkpoints")
     g.add_argument("--log_dir", default="logs", help="for TensorBoard")
-    g.add_argument("--overwrite", action="store_true", help="delete this run's files and start anew")
+    g.add_argument("--overwrite", action="store_true", help="delete this run's files and start anew; not where torchrun or SLURM starts the command again")
     g.add_argument("--extend", action="store_true", help="go on with a finished run, its optimizer included, up to more --epochs or --num_steps than it had; the learning rate goes on as in a run of that length")
     g.add_argument("--dry_run", action="store_true", help="check the flags and say what they would do: steps, whether the run is new, unfinished or finished, and how long it would take by finished runs of equal cost")
     g.add_argument("--cells", default=HIDDEN, metavar="FILE", help="with --dry_run: do that for every line of flags in FILE, each in front of the other flags")
@@ -260,6 +260,9 @@ def check(args: argparse.Namespace) -> None:
         refuse(not meant, f"--{flag} has no meaning with --aug {args.aug}; --aug {others} would take it")
     headless = args.freeze and not (args.pretrained_dir or args.load_model_dir)
     refuse(headless, "--freeze trains the head alone, of weights that --pretrained_dir FILE gives; it is missing")
+    # torchrun and SLURM start the same command again to go on with it
+    again = any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
+    args.overwrite = args.overwrite and not again
     refuse(args.extend and args.overwrite, "--extend goes on with a run, --overwrite deletes it; leave one out")
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
