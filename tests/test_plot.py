@@ -219,6 +219,21 @@ def test_models_and_norms_of_others_are_rows_and_columns(tmp_path):
     assert done.stderr.startswith("plot.py: left out: ") and "notes.txt: is not named as a run is" in done.stderr
 
 
+def test_values_of_other_types_are_named_or_shown(tmp_path):
+    path = write_run(tmp_path, [0.1, 0.2, 0.3, 0.4])
+    start, *others = map(json.loads, path.read_text().splitlines())
+    copy = tmp_path / path.name.replace("_pretrain_F", "_pretrain_F_seed_1")
+    places = [(start["settings"], name) for name in start["settings"]] + [(start, "parameters"), (start, "selected_on")]
+    for place, name in places:
+        for value in (None, "x", 1.5, [1], {"a": 1}):
+            place[name], before = value, place.get(name)
+            copy.write_text("".join(json.dumps(record) + "\n" for record in (start, *others)))
+            place[name] = before
+            found = results.tables(results.read_runs(tmp_path)[0])
+            assert "40.00" in "".join(results.markdown(*key, rows) for key, rows in found.items()), (name, value)
+            assert results.csv_text(found).count("\n") > 1
+
+
 def test_one_file_alone_and_a_cut_last_line(tmp_path):
     path = write_run(tmp_path, [0.1, 0.2, 0.3, 0.4])
     write_run(tmp_path, [0.1], norm="BN", ended=False)

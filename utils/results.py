@@ -98,11 +98,11 @@ def _read_json(path: Path) -> Run:
     with refusing(f"{path}: not from this train.py", "move the file away"):
         flags = dict([record for record in records if record.get("event") == "start"][-1]["settings"])  # as extended
         run = Run(
-            id=path.stem, name=path.stem.rsplit(f"_{flags['model_type']}_norm_", 1)[0], model=flags["model_type"],
-            norm=flags["norm_type"], image_size=flags["img_size"], seed=flags["seed"],
-            pretrained=bool(flags["pretrained_dir"] or flags["load_model_dir"]), dataset=_dataset(flags),
-            settings=flags, chosen_on=records[0]["selected_on"], num_steps=int(flags["num_steps"]), cut_off=cut_off,
-            parameters=records[0].get("parameters"),
+            id=path.stem, name=path.stem.rsplit(f"_{flags['model_type']}_norm_", 1)[0], model=str(flags["model_type"]),
+            norm=str(flags["norm_type"]), image_size=int(flags["img_size"]), seed=int(flags["seed"]),
+            pretrained=bool(flags["pretrained_dir"] or flags["load_model_dir"]), dataset=str(_dataset(flags)),
+            settings=flags, chosen_on=str(records[0]["selected_on"]), num_steps=int(flags["num_steps"]),
+            cut_off=cut_off, parameters=int(records[0].get("parameters") or 0) or None,
         )  # fmt: skip
         for record in records[1:]:
             if record["event"] == "eval":
