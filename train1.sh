@@ -13,17 +13,15 @@ set -uf # words of ARCHS are no patterns of file names
 CDPATH="" cd -- "$(dirname -- "$0")" || exit 2
 PYTHON=${PYTHON:-$(command -v python3 || command -v python)} GPUS=${GPUS:-0} CELL=${CELL:-} DRY_RUN=${DRY_RUN:-0}
 ARCHS=${ARCHS:-ViT-B_16 ViT-B_32 ViT-L_32 ViT-L_16} NORMS=${NORMS:-LN BN GN Rescale} SEEDS=${SEEDS:-42}
-DATASET=${DATASET:-cifar10} OUTPUT=output before=
-for word; do # what the flags say of the data and of the results' place
-    case $word in --dry[_-]run) DRY_RUN=1 ;; esac
-    case $word in --*=*) pair=$word before= ;; *) pair=$before=$word before=$word ;; esac
-    case $pair in --dataset=* | --data[_-]set=*) DATASET=${pair#*=} ;; esac
-    case $pair in --output=* | --output[_-]dir=*) OUTPUT=${pair#*=} ;; esac
-done
-set -- --name="${NAME:-$DATASET-100_500}" --dataset "$DATASET" "$@"
 
 state=$(mktemp -d) && trap 'rm -rf "$state"' EXIT || exit 2 # cells, which are taken or failed, the status to stop with
 trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM # dash ends without cleaning up, otherwise
+facts=$("$PYTHON" -c 'import shlex; from utils.options import train_parser # what the flags say, also those in @recipes
+args = train_parser().parse_args()
+print(f"DATASET={args.dataset} OUTPUT={shlex.quote(args.output_dir)}", "DRY_RUN=1" * args.dry_run)' \
+    --dataset "${DATASET:-cifar10}" "$@") || exit 2
+eval "$facts"
+set -- --name="${NAME:-$DATASET-100_500}" --dataset "$DATASET" "$@"
 for arch in $ARCHS; do
     for norm in $NORMS; do
         for seed in $SEEDS; do

@@ -408,15 +408,19 @@ def test_the_whole_sweep_is_the_published_one(tmp_path):
 
 
 def test_flags_that_are_spelled_otherwise(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@" >>"$TMPDIR/calls"\n')
+    python, recipe = tmp_path / "python", tmp_path / "my.args"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$@" >>"$TMPDIR/calls"\n')
     python.chmod(0o755)
+    recipe.write_text("--dataset emnist  # mine\n--output_dir 'a b'\n")
     sweep, calls = Sweep(tmp_path), tmp_path / "tmp" / "calls"
     sweep.run("--data-set", "cifar100", "--output=elsewhere", NORMS="LN", PRETRAINED="0", PYTHON=str(python))
     check, cell, plots = calls.read_text().splitlines()
     assert "--name=cifar100-100_500 --dataset cifar100" in cell and plots == "plot.py elsewhere"
     sweep.run("--dry-run", NORMS="LN", PYTHON=str(python))
     assert calls.read_text().count("\n") == 4  # nothing but the check
+    sweep.run(f"@{recipe}", NORMS="LN", PRETRAINED="0", PYTHON=str(python))
+    cell, plots = calls.read_text().splitlines()[-2:]
+    assert "--name=emnist-100_500 --dataset emnist" in cell and plots == "plot.py a b"
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
