@@ -8,7 +8,6 @@ Everything of train.py works as there: the same command continues, torchrun and 
 eval.py's functions, once the model's row is in MODELS, as below.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -68,7 +67,7 @@ class Faded(Augment):
 
 
 def main(words: list[str]) -> int:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = cli.Parser(add_help=False)
     own.add_argument("--width", type=int, default=16)
     mine, words = own.parse_known_args(words)
 

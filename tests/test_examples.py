@@ -108,7 +108,9 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
 
 
 def test_own_model_edits_no_file_of_the_kit(tmp_path):
-    words = ["--name", "mine", "--width", 8, *places(tmp_path)]
+    recipe = tmp_path / "mine.args"
+    recipe.write_text("--width 8  # own flags may stand there, too\n")
+    words = ["--name", "mine", f"@{recipe}", *places(tmp_path)]
     out = run("examples/own_model.py", *words)
     score = float(re.search(r"Best Accuracy: \t([\d.]+)", out)[1])
     assert score > 0.6  # of three classes, after 200 steps
