@@ -196,6 +196,8 @@ WORDS = {
     "--momentum 0.9": "(is 0.9 with --opt sgd)",
     "--model-ema": "(use --ema_decay 0.999)",
     "--model-ema-decay 0.99": "(use --ema_decay 0.99)",
+    "--model-ema-decay 0.99 --model-ema": "--model_ema (leave it out); type: python train.py --ema_decay 0.99",
+    "--model-ema --model-ema-decay 0.99": "type: python train.py --ema_decay 0.999 --ema_decay 0.99",
     "--pin-mem": "(done without a flag); type: python train.py",
     "--dist-url env://": "(torchrun says it)",
     "--world_size 2": "(torchrun says it)",

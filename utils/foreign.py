@@ -157,7 +157,8 @@ def answers(words: list[str], flags: Container[str]) -> tuple[list[str], list[st
                 here += raw
                 continue
             use = answer[0].format(value)
-            use, why = (use, answer[1]) if not use or use.split()[0] in flags else ("", "leave it out")
+            fixed = use and use == answer[0] and use.split()[0] in here  # the value that is typed counts
+            use, why = (use, answer[1]) if not use or use.split()[0] in flags and not fixed else ("", "leave it out")
             said.append(f"{text} ({', '.join(filter(None, [use and f'use {use}', why]))})")
             here += shlex.split(use)
     return here, said, launch
