@@ -55,6 +55,8 @@ FLAGS = [
     ("--dataset mnist", "'mnist'"),
     ("--model_type ViT-X_16", "'ViT-X_16'"),
     ("--norm_type RMS", "'RMS'"),
+    ("--lr 1e-6 --min_lr 1e-5", "--min_lr 1e-05 is above the learning rate, 1e-06; lower it"),
+    ("--blr 1e-3 --batch_size 64 --warmup_lr 1e-3", "--warmup_lr 0.001 is above the learning rate, 0.00025; lower it"),
     ("--train_batch_size 32 --gradient_accumulation_steps 5", "32 is not divisible by 5"),
     ("--num_steps 0", "0 is not at least 1"),
     ("--num_steps 1e3", "invalid int value: '1e3'"),

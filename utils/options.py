@@ -211,10 +211,6 @@ def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
     args = parser.parse_args(words, check)
     args.fp16 = args.fp16 and args.fp16_opt_level != "O0"
-    if (args.learning_rate, args.blr) == (None, None):
-        args.learning_rate = 0.03 if args.opt == "sgd" else 0.001
-    if args.blr is not None:
-        args.learning_rate = args.blr * args.train_batch_size / 256
     preset = AUGS[args.aug]
     args.flip, args.pad = preset.get("flip", False), preset.get("pad", 0)
     args.scale = list(args.scale or preset["scale"]) if "scale" in preset else None
@@ -238,6 +234,13 @@ def check(args: argparse.Namespace) -> None:
     args.crop_pct, args.seed = args.crop_pct or 1.0, 42 if args.seed is None else args.seed
     args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
     name, batch, scale = args.name, args.train_batch_size, args.scale
+    if args.blr is not None:
+        args.learning_rate = args.blr * batch / 256
+    elif args.learning_rate is None:
+        args.learning_rate = 0.03 if args.opt == "sgd" else 0.001
+    for flag in ("min_lr", "warmup_lr"):
+        above = getattr(args, flag) > args.learning_rate
+        refuse(above, f"--{flag} {getattr(args, flag):g} is above the learning rate, {args.learning_rate:g}; lower it")
     usable = name and not name.startswith(".") and name.isprintable() and not set(name) & {*"/\\"}
     refuse(not usable, f"--name {name!r} must be usable as a file name: no slash, no leading dot")
     excess = len(os.fsencode(run_id(args))) - MAX_RUN_ID
