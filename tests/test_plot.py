@@ -203,6 +203,19 @@ def test_rows_are_comparable_or_visibly_not(tmp_path):
     assert legends[0] == "ViT-Ti_16, patch 4, dim 48 (run, 1000 steps) LN" and len(set(legends)) == 3
 
 
+def test_a_flag_that_is_newer_than_some_runs(tmp_path):
+    """Runs from before had its default: they are seeds of those that have it now, and other rows than the others."""
+    write_run(tmp_path, [0.5], seed=1)
+    write_run(tmp_path, [0.6], seed=2, freeze=False)
+    write_run(tmp_path, [0.7], seed=3, own=5)
+    write_run(tmp_path, [0.8], seed=4, freeze=True)
+    ((_, rows),) = results.tables(results.read_runs(tmp_path)[0]).items()
+    assert {row.label: len(row.runs) for row in rows} == {
+        "ViT-Ti_16 (own None, freeze False)": 2, "ViT-Ti_16 (own 5, freeze False)": 1,
+        "ViT-Ti_16 (own None, freeze True)": 1,
+    }  # fmt: skip
+
+
 def test_models_and_norms_of_others_are_rows_and_columns(tmp_path):
     """Own models come with own names; nothing in the table is a list of ours, and what is no run is named."""
     path = write_run(tmp_path, [0.1, 0.2, 0.3, 0.4], norm="RMS", model_type="CaiT-S_24")

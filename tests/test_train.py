@@ -141,6 +141,17 @@ def test_finished_run_is_left_alone_and_other_settings_are_refused(reference):
     assert content(reference) == before
 
 
+def test_a_flag_that_is_newer_than_the_run_is_another_setting(reference, tmp_path):
+    """At its default it changes nothing; otherwise, it would not be seen that the run is without it."""
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    log = tmp_path / "output" / f"{ID}.jsonl"
+    log.write_text(log.read_text().replace('"smoothing": 0.1, ', "").replace('"ra": 1, ', ""))
+    assert '"smoothing"' not in log.read_text() and '"ra"' not in log.read_text()
+    error = run("train.py", *RUN, *places(tmp_path), check=2).stderr
+    assert "exists with other settings: smoothing 0.0 -> 0.1; another --name" in error
+    assert "is finished" in run("train.py", *RUN, *places(tmp_path), "--smoothing", 0).stdout
+
+
 @pytest.fixture
 def unfinished(tmp_path, monkeypatch) -> Path:
     """The same run, ended after its evaluation of step 8 and the save that follows."""

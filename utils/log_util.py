@@ -129,7 +129,6 @@ class RunLog:
             self.board = SummaryWriter(str(self.board_dir), purge_step=step + 1)
 
     def close(self) -> None:
-        self.on_board("flush")
         self.on_board("close")
 
 

@@ -263,9 +263,8 @@ def check(args: argparse.Namespace) -> None:
         refuse(not meant, f"--{flag} has no meaning with --aug {args.aug}; --aug {others} would take it")
     headless = args.freeze and not (args.pretrained_dir or args.load_model_dir)
     refuse(headless, "--freeze trains the head alone, of weights that --pretrained_dir FILE gives; it is missing")
-    # torchrun and SLURM start the same command again to go on with it
     again = any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
-    args.overwrite = args.overwrite and not again
+    args.overwrite = args.overwrite and not again  # torchrun and SLURM start a command again to go on with it
     refuse(args.extend and args.overwrite, "--extend goes on with a run, --overwrite deletes it; leave one out")
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")

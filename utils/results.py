@@ -15,6 +15,7 @@ from pathlib import Path
 
 from models import MODELS, NORM_TYPES
 from utils.cli import UserError, refuse, refusing
+from utils.options import train_parser
 from utils.run_files import NOT_SETTINGS, RunFiles, read_records, read_text, settings, steps_of
 
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
@@ -101,8 +102,9 @@ def _read_json(path: Path) -> Run:
             id=path.stem, name=path.stem.rsplit(f"_{flags['model_type']}_norm_", 1)[0], model=str(flags["model_type"]),
             norm=str(flags["norm_type"]), image_size=int(flags["img_size"]), seed=int(flags["seed"]),
             pretrained=bool(flags["pretrained_dir"] or flags["load_model_dir"]), dataset=str(_dataset(flags)),
-            settings=flags, chosen_on=str(records[0]["selected_on"]), num_steps=int(flags["num_steps"]),
-            cut_off=cut_off, parameters=int(records[0].get("parameters") or 0) or None,
+            settings=vars(train_parser().parse_args([])) | flags, cut_off=cut_off,  # newer ones: their defaults
+            chosen_on=str(records[0]["selected_on"]), num_steps=int(flags["num_steps"]),
+            parameters=int(records[0].get("parameters") or 0) or None,
         )  # fmt: skip
         for record in records[1:]:
             if record["event"] == "eval":
@@ -275,7 +277,7 @@ def _tell_apart(rows: list[Row]) -> None:
     if len({row.run.num_steps for row in rows}) > 1:
         show(lambda run: f"{run.num_steps} steps")
     groups = [[row.run.settings for row in group] for group in alike()]
-    differing = {key: None for first, *others in groups for key in first for o in others if o.get(key) != first[key]}
+    differing = {key: None for a, *others in groups for b in others for key in a | b if a.get(key) != b.get(key)}
     for i, key in enumerate(key for key in differing if key not in APART):
         if i < 3 or alike():
             show(lambda run, key=key: f"{key} {run.settings.get(key)}")
@@ -381,10 +383,9 @@ def plan(args: Namespace) -> tuple[str, float | None]:
     had = files.record("start")["settings"] if state != "new" else {}
     if state == "finished" and not (args.extend and steps_of(now, had) > had["num_steps"]):
         return f"{steps}; finished: {scores(files)}", 0.0
-    try:
+    runs = []
+    with contextlib.suppress(UserError):
         runs, _ = read_runs(files.folder)
-    except UserError:
-        runs = []
     own = next((run for run in runs if run.id == files.id and run.steps and state != "new" and files.saved), None)
     goes_on = f"goes on after {own.progress}; " if own else ""
     cost = COST if unit == "num_steps" else (*COST, "dataset", "data_dir", "ra")  # whose images are an epoch

@@ -104,21 +104,24 @@ class RunFiles:
 
         Of UNTIL_DATA what is None in `now` is left out, and so are those that are `free` to differ.
         """
+        from utils.options import train_parser  # which imports this module
+
         if self.state == "new":
             return []
         start = self.record("start") or {}
         old = start.get("settings")
         lacks = f"{self.json}: lacks the run's settings; bring it back, or --overwrite the run"
         refuse(not isinstance(old, dict), lacks)
+        old = vars(train_parser().parse_args([])) | old  # a flag that is newer than the run had its default
         if now["num_steps"] is None:
             now = now | dict(epochs=None, num_steps=steps_of(now, old))
         # accumulation makes the same update of more passes, except where each pass has statistics of its own
         if start.get("statistics") is False:
             free = {*free, "gradient_accumulation_steps"}
         return [
-            f"{name} {old[name]} -> {value}"
+            f"{name} {old.get(name)} -> {value}"
             for name, value in now.items()
-            if name in old.keys() - free and old[name] != value and not (value is None and name in UNTIL_DATA)
+            if name not in free and old.get(name) != value and not (value is None and name in UNTIL_DATA)
         ]
 
     def other_data(self, classes: list[str], files: dict[str, dict]) -> list[str]:
