@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -237,15 +238,14 @@ def say(text: str) -> None:
 
 
 def say_loading() -> None:
-    """Say that PyTorch is loaded, which takes seconds; Ctrl-C in them is a line, as in `run_main`."""
+    """Say that PyTorch is loaded, which takes seconds; Ctrl-C ends at once: Python's import may lose an exception."""
 
-    def shown(kind: type, error: BaseException, traceback) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            print("Stopped by Ctrl-C", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, traceback)
+    def stop(signum, frame) -> None:
+        print("Stopped by Ctrl-C", file=sys.stderr, flush=True)
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
 
-    sys.excepthook = shown
+    signal.signal(signal.SIGINT, stop)
     say("Loading PyTorch ...")
 
 
@@ -256,6 +256,7 @@ def run_main(main: Callable, args, explain: Callable = lambda error: None, at_en
     called in any case. Every process of a node would print the same line, so only the first one does, if it isn't one's
     alone.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks stops nothing
     try:
         status = main(args)

@@ -81,8 +81,7 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     adamw = dict(lr=args.learning_rate, betas=tuple(args.betas), fused=fused)
-    hidden = (p for name, p in model.named_parameters() if name.startswith(HIDDEN) and p.ndim == 2)
-    matrices = {p for p in hidden if p.requires_grad}
+    matrices = {p for n, p in model.named_parameters() if n.startswith(HIDDEN) and p.ndim == 2 and p.requires_grad}
     if args.opt == "adamw" or not matrices:
         return torch.optim.AdamW(groups, **adamw)
 
