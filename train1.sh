@@ -20,7 +20,7 @@ facts=$("$PYTHON" -c 'import shlex; from utils.options import train_parser # wha
 args = train_parser().parse_args()
 print(f"DATASET={args.dataset} OUTPUT={shlex.quote(args.output_dir)}", "DRY_RUN=1" * args.dry_run)' \
     --dataset "${DATASET:-cifar10}" "$@") || exit 2
-eval "$facts"
+case $facts in DATASET=*) eval "$facts" ;; *) echo "$facts" && exit ;; esac # else it is --help's text
 set -- --name="${NAME:-$DATASET-100_500}" --dataset "$DATASET" "$@"
 for arch in $ARCHS; do
     for norm in $NORMS; do
@@ -56,6 +56,9 @@ for gpu in $GPUS; do worker "$gpu" "$@" & workers="${workers:-} $!"; done
 stop() { echo "$1" >"$state/stop"; kill $workers 2>/dev/null; } # status; every run saves and ends
 trap 'stop 129' HUP; trap 'stop 130' INT; trap 'stop 138' USR1; trap 'stop 143' TERM
 for each in $workers; do await "$each"; done
-[ ! -e "$state/stop" ] || { echo "sweep stopped; the same command, without --overwrite, goes on from here" >&2; exit "$(cat "$state/stop")"; }
+[ ! -e "$state/stop" ] || {
+    echo "sweep stopped; the same command, without --overwrite, goes on from here" >&2
+    exit "$(cat "$state/stop")"
+}
 [ -n "$CELL" ] || "$PYTHON" plot.py "$OUTPUT" || echo "  plot.py $OUTPUT: status $?" >>"$state/failed"
 [ ! -e "$state/failed" ] || { echo "failed:" >&2; cat "$state/failed" >&2; exit 1; }

@@ -448,6 +448,12 @@ def test_sweep_stopped_while_its_flags_are_checked_leaves_nothing(tmp_path, how)
     assert process.returncode == 128 + how and os.listdir(tmp_path / "tmp") == ["begun"]
 
 
+def test_help_of_a_sweep_is_train_pys_and_starts_nothing(tmp_path):
+    sweep = Sweep(tmp_path)
+    out, error = sweep.run("--help")
+    assert out.startswith("usage: train.py") and error == "" and not (tmp_path / "output").exists()
+
+
 def test_one_cell_of_a_job_array(tmp_path):
     sweep = Sweep(tmp_path)
     out, _ = sweep.run(NORMS="LN BN", SEEDS="1 2", DRY_RUN="1", CELL="2")

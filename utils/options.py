@@ -1,6 +1,7 @@
 """Every flag of train.py, eval.py and plot.py. Imports no torch, so that --help and a wrong flag are answered at once."""
 
 import argparse
+import functools
 import os
 import shlex
 from pathlib import Path
@@ -187,6 +188,12 @@ def plot_parser() -> Parser:
 
 
 # fmt: on
+
+
+@functools.cache
+def defaults() -> dict:
+    """What the flags of train.py are by default, before `check`; runs that are older than a flag had it so."""
+    return vars(train_parser().parse_args([]))
 
 
 def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:

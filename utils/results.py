@@ -15,7 +15,7 @@ from pathlib import Path
 
 from models import MODELS, NORM_TYPES
 from utils.cli import UserError, refuse, refusing
-from utils.options import train_parser
+from utils.options import defaults
 from utils.run_files import NOT_SETTINGS, RunFiles, read_records, read_text, settings, steps_of
 
 APART = NOT_SETTINGS | {"seed", "data_dir"}  # may differ between the runs of a mean; a folder of images is named apart
@@ -102,9 +102,8 @@ def _read_json(path: Path) -> Run:
             id=path.stem, name=path.stem.rsplit(f"_{flags['model_type']}_norm_", 1)[0], model=str(flags["model_type"]),
             norm=str(flags["norm_type"]), image_size=int(flags["img_size"]), seed=int(flags["seed"]),
             pretrained=bool(flags["pretrained_dir"] or flags["load_model_dir"]), dataset=str(_dataset(flags)),
-            settings=vars(train_parser().parse_args([])) | flags, cut_off=cut_off,  # newer ones: their defaults
-            chosen_on=str(records[0]["selected_on"]), num_steps=int(flags["num_steps"]),
-            parameters=int(records[0].get("parameters") or 0) or None,
+            settings=defaults() | flags, chosen_on=str(records[0]["selected_on"]), num_steps=int(flags["num_steps"]),
+            cut_off=cut_off, parameters=int(records[0].get("parameters") or 0) or None,
         )  # fmt: skip
         for record in records[1:]:
             if record["event"] == "eval":

@@ -104,7 +104,7 @@ class RunFiles:
 
         Of UNTIL_DATA what is None in `now` is left out, and so are those that are `free` to differ.
         """
-        from utils.options import train_parser  # which imports this module
+        from utils.options import defaults  # which imports this module
 
         if self.state == "new":
             return []
@@ -112,7 +112,7 @@ class RunFiles:
         old = start.get("settings")
         lacks = f"{self.json}: lacks the run's settings; bring it back, or --overwrite the run"
         refuse(not isinstance(old, dict), lacks)
-        old = vars(train_parser().parse_args([])) | old  # a flag that is newer than the run had its default
+        old = defaults() | old  # of flags that are newer than the run
         if now["num_steps"] is None:
             now = now | dict(epochs=None, num_steps=steps_of(now, old))
         # accumulation makes the same update of more passes, except where each pass has statistics of its own
