@@ -147,6 +147,16 @@ def test_class_weights_count_classes_alike():
     assert loss_of(logits, F.one_hot(labels, 3).float(), 0.1, weight).item() == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_class_weights_count_classes_alike_in_mixed_images():
+    """An image of two classes is what each of them would be by itself, by its share."""
+    labels, others, share = torch.arange(8) % 3, torch.arange(8) // 4, torch.rand(8)
+    logits, weight = torch.randn(8, 3), torch.tensor([0.5, 1.5, 3.0])
+    targets = torch.lerp(F.one_hot(others, 3).float(), F.one_hot(labels, 3).float(), share[:, None])
+    loss, other = (F.cross_entropy(logits, y, label_smoothing=0.1, reduction="none") for y in (labels, others))
+    by_hand = (share * weight[labels] * loss + (1 - share) * weight[others] * other).mean()
+    assert loss_of(logits, targets, 0.1, weight).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
 def test_class_weights_in_a_run(tmp_path):
     write_folder(tmp_path / "photos", splits=["."], per_class=10)
     for i in range(8):

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 def loss_of(
     logits: torch.Tensor, labels: torch.Tensor, smoothing: float, class_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy of logits (b, classes) and labels (b,) or targets (b, classes), each image's by its weight."""
+    """Mean cross-entropy of logits (b, classes) and labels (b,) or targets (b, classes), each class's by its weight."""
     if class_weights is None:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    return (loss * (class_weights[labels] if labels.ndim == 1 else labels @ class_weights)).mean()
+    weight = class_weights[labels] if labels.ndim == 1 else labels @ class_weights
+    if labels.ndim == 2:  # a mixed image counts for each of its classes by that one's weight
+        labels = labels * class_weights / weight[:, None]
+    return (F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none") * weight).mean()
 
 
 def balanced_weights(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
