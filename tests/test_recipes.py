@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import shlex
 from functools import partial
 
@@ -14,6 +15,7 @@ import train
 from benchmarks.common import set_up
 from models import create_model
 from utils import options
+from utils.log_util import gflops
 from utils.run_files import RunFiles, run_id
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.args"))
@@ -216,6 +218,27 @@ def test_two_steps(recipe, trained):
     for name, value in PUBLISHED[recipe].items():
         if name not in CHANGED:
             assert start["settings"][name] == value, name
+
+
+IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "fashionmnist": 60_000, "fashionmnist-mini": 10_000}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_cost_as_a_run_counts_it(recipe):
+    """Three times the forward pass an image, as docs/results.md has it; rounded."""
+    found = re.search(r"([\d.,]+) ([TP])FLOP", (ROOT / "recipes" / f"{recipe}.args").read_text())
+    if not found:  # photos are as many as there are
+        return
+    said = float(found[1].replace(",", "")) * {"T": 1e3, "P": 1e6}[found[2]]  # GFLOP
+    args = parse(recipe)
+    options.resolve_steps(args, IMAGES[args.dataset])
+    with torch.device("meta"):
+        model = create_model(**options.model_config(args), num_classes=10)
+    cost = 3 * gflops(model, args.img_size) * args.num_steps * args.train_batch_size
+    assert cost == pytest.approx(said, rel=0.09 if said < 1e4 else 0.03)
+    minutes = re.search(r"([\d.]+) (minutes|hours) at 100 TFLOP/s", (ROOT / "recipes" / f"{recipe}.args").read_text())
+    if minutes:
+        assert cost / 1e5 / {"minutes": 60, "hours": 3600}[minutes[2]] == pytest.approx(float(minutes[1]), rel=0.08)
 
 
 def test_sizes_of_the_multiscale_models():
