@@ -237,7 +237,7 @@ class ViT(nn.Module):
             self.init_weights_timm()
 
     def init_weights(self) -> None:
-        """The published initialisation for training from scratch; what isn't named here keeps torch's default."""
+        """As published, but that class token and positions are 0 there; what isn't named here keeps torch's default."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for block in self.blocks:

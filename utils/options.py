@@ -95,7 +95,7 @@ def train_parser() -> Parser:
     for name, text in (("patch_size", "pixels"), ("dim", "width"), ("depth", "blocks"), ("heads", "attention heads"), ("mlp_dim", "hidden width of the MLPs")):
         g.add_argument(f"--{name}", type=cli.positive_int, default=None, help=f"{text}, instead of the model type's")
     g.add_argument("--stem", choices=["none", *STEMS], default=None, help="ViT with norm LN, and DEMS: conv puts 3x3 convolutions of stride 2 before the patch embedding; residual, ViT only, has max-pooling instead of the stride, BatchNorm, and a residual block after each; --patch_size is a power of 2 [none]")
-    g.add_argument("--init", choices=["published", "timm"], default=None, help="ViT with norm LN: weights from scratch as in the reference, or as timm's: truncated normal, zero biases [published]")
+    g.add_argument("--init", choices=["published", "timm"], default=None, help="ViT with norm LN: weights from scratch as in the reference, where class token and positions are 0 and here random, or as timm's: truncated normal, zero biases [published]")
     g.add_argument("--merge_num", type=cli.positive_int, nargs="+", default=None, help="DEMS: tokens that a region keeps at each merge [64 64 for Ti, 64 32 for S]")
     g.add_argument("--merge_layer", type=cli.positive_int, nargs="+", default=None, help="DEMS: the blocks, counted from 1, that the merges come before [6 10]")
     g.add_argument("--img_sizes", type=cli.positive_int, nargs="+", default=None, help="MViT: sides in pixels of the scales, the last is --img_size [half of it, and itself]")
