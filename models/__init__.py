@@ -9,7 +9,8 @@ What a model owes:
 What it may have, each with what happens without:
 
 - Other words of the constructor, such as `dropout`: the flags of train.py that ask for them are refused.
-- `blocks`, a sequence of its layers: no --layer_decay, no --grad_checkpoint; --opt muon takes no matrix.
+- `blocks`, a sequence of its layers, made after the embeddings and before norm and head: no --layer_decay, no
+  --grad_checkpoint; --opt muon takes no matrix.
 - `no_weight_decay()`, names of parameters that weight decay leaves out: none.
 - `grid`, rows and columns of patches: a `pos_embed` of another grid in a weight file is refused, not resampled.
 - `fixed`, names of tables that follow from the sizes: those of other sizes in a weight file are refused, not left out.

@@ -54,6 +54,29 @@ def test_layer_decay_rises_to_the_head():
     assert scale[id(model.pos_embed)] == scale[id(model.patch_embed.proj.weight)] == 0.125
 
 
+def test_layer_decay_of_a_model_with_names_of_its_own():
+    """What is made before the blocks has the lowest rate, what after them the full one."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = torch.nn.Parameter(torch.zeros(3))
+            self.stem = torch.nn.Linear(3, 3)
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+            self.out = torch.nn.Linear(3, 2)
+
+    model = Net()
+    model.blocks[1].requires_grad_(False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, 0.05, layer_decay=0.5)
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    lowest, first, full = (dict.fromkeys(each, scale) for each, scale in (
+        (("token", "stem.weight", "stem.bias"), 0.125), (("blocks.0.weight", "blocks.0.bias"), 0.25),
+        (("out.weight", "out.bias"), 1.0),
+    ))  # fmt: skip
+    assert scales == lowest | first | full
+
+
 @pytest.mark.parametrize("opt", ["sgd", "adamw", "muon"])
 def test_a_model_needs_no_blocks(opt):
     """Nor names that weight decay leaves out; Muon has no matrices then, and is AdamW."""

@@ -19,19 +19,18 @@ def parameter_groups(
     Args:
         weight_decay: of all but, with `exempt`, what the model's `no_weight_decay()`, if it has one, names.
         skip_bias_norm: none on biases, norms and other vectors either.
-        layer_decay: each of the model's `blocks` has this times the rate of the one above it; the head has the full
-            rate, the embeddings the lowest (arXiv 2003.10555, BEiT's fine-tuning): `lr_scale` in each group.
+        layer_decay: each of the model's `blocks` has this times the rate of the one above it; what is made after them
+            has the full rate, what before them the lowest (arXiv 2003.10555, BEiT's): `lr_scale` in each group.
     """
     exempted = getattr(model, "no_weight_decay", set)() if exempt else set()
     depth = len(getattr(model, "blocks", ()))
-    groups = {}
+    groups, layer = {}, 0 if depth else 1
     for name, parameter in model.named_parameters():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else depth + 1 if layer else 0
         if not parameter.requires_grad:
             continue
         plain = name in exempted or (skip_bias_norm and (parameter.ndim <= 1 or name.endswith(".bias")))
-        block = re.match(r"blocks\.(\d+)\.", name)
-        embeds = name.startswith(("patch_embed", "cls_token", "pos_embed", "temporal_pos_embed"))
-        layer = int(block[1]) + 1 if block else 0 if embeds else depth + 1
         key = (0.0 if plain else weight_decay, layer_decay ** (depth + 1 - layer))
         groups.setdefault(key, []).append(parameter)
     return [dict(params=params, weight_decay=decay, lr_scale=scale) for (decay, scale), params in groups.items()]
