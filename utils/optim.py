@@ -95,8 +95,8 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
 class Average(AveragedModel):
     """Exponential moving average of a model's weights, as torch's, which would wait for a GPU at every update.
 
-    It warms up: update t decays by (1 + t) / (10 + t) at most, as in TensorFlow, so that the first weights
-    don't stay in it for long.
+    It warms up: after t updates the next one decays by t / (9 + t) at most, as in TensorFlow, so that the first
+    weights don't stay in it for long.
     """
 
     def __init__(self, model: nn.Module, decay: float):
