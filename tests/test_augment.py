@@ -475,7 +475,11 @@ def test_flags_instead_of_a_pipelines_own():
 
 
 class Upside(Augment):
-    """An augmentation of somebody's own."""
+    """An augmentation of somebody's own, with a word of its own."""
+
+    def __init__(self, *args, times: int, **words):
+        super().__init__(*args, **words)
+        self.times = times
 
     def __call__(self, images, params):
         return super().__call__(images, params).flip(-2)
@@ -483,12 +487,12 @@ class Upside(Augment):
 
 @pytest.mark.parametrize("cls", [Upside, f"{__name__}:Upside"])
 def test_own_pipeline(cls, clothes, monkeypatch):
-    monkeypatch.setitem(AUGS, "upside", dict(cls=cls, flip=True))
+    monkeypatch.setitem(AUGS, "upside", dict(cls=cls, flip=True, times=2))
     args = parse("--aug", "upside", "--img_size", "28", "--normalize", "cifar")
     own, evaluated = (make(args, torch.device("cpu"), "fp32") for make in (train_augment, eval_augment))
     params = own.draw(torch.full((len(clothes), 2), 28), seeded())
     assert torch.equal(own(clothes, params), augment("flip")(clothes, params).flip(-2))
-    assert type(evaluated) is Augment
+    assert own.times == 2 and type(evaluated) is Augment
 
 
 def test_flags_of_mixing():

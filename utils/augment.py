@@ -173,12 +173,10 @@ class Augment:
 
 def train_augment(args: Namespace, device: torch.device, precision: str) -> Augment:
     """What --aug and the flags beside it ask for, in the precision of training."""
-    cls = AUGS[args.aug].get("cls", Augment)
-    return (pkgutil.resolve_name(cls) if isinstance(cls, str) else cls)(
-        args.img_size, args.mean, args.std, interpolation=args.interpolation, scale=args.scale, flip=args.flip,
-        pad=args.pad, rotation=args.rotation, operations=args.operations, aug_prob=args.aug_prob, reprob=args.reprob,
-        device=device, dtype=DTYPES[precision],
-    )  # fmt: skip
+    flags = {name: getattr(args, name) for name in ("interpolation", "scale", "aug_prob", "reprob")}
+    words = AUGS[args.aug] | flags | dict(device=device, dtype=DTYPES[precision])
+    cls = words.pop("cls", Augment)
+    return (pkgutil.resolve_name(cls) if isinstance(cls, str) else cls)(args.img_size, args.mean, args.std, **words)
 
 
 def eval_augment(args: Namespace, device: torch.device, precision: str) -> Augment:
