@@ -19,6 +19,7 @@ import train
 from models import create_model
 from utils import checkpoint, options, pictures, vis_utils
 from utils.augment import denormalize
+from utils.cli import UserError
 from utils.run_files import run_id
 
 ATTENTION = ["attention_class", "attention_distance", "attention_heads", "attention_rollout"]
@@ -113,6 +114,28 @@ def test_look_is_from_the_class_token_that_is_read_out():
     assert torch.allclose(seen.heads, maps[0, [1]], atol=1e-6)
     assert torch.allclose(seen.last, maps[:, -1, :, 5].mean(dim=1), atol=1e-6)  # 4 patches and a class token before it
     assert torch.allclose(seen.rolled, torch.stack([pictures.rollout(each)[:, 5] for each in maps]), atol=1e-6)
+
+
+class Even:
+    """All that pictures of attention need of a model, by the docstring of models/__init__.py."""
+
+    image_size = (8, 8)
+
+    def attention_maps(self, x):
+        return torch.full((len(x), 2, 1, 5, 5), 0.2)
+
+    def token_layout(self):
+        return dict(class_token=0, scales=[vars(scale("4 px", (2, 2), 1)) | dict(first=0, positions=torch.eye(4))])
+
+
+def test_attention_of_a_model_without_blocks(tmp_path):
+    args = options.parse_train_args(["--log_dir", str(tmp_path), "--normalize", "half"])
+    words = dict(name="own", step=1, classes=["a", "b"], args=args, inputs=lambda files: [torch.zeros(1, 3, 8, 8)])
+    run = Namespace(model=Even(), probabilities=lambda x: torch.tensor([[0.3, 0.7]]), **words)
+    paths = pictures.draw_all(run, ["attention", "position"], tmp_path, files=["a.png"])
+    assert sorted(paths) == [*ATTENTION, "position"] and all(Path(path).is_file() for path in paths.values())
+    with pytest.raises(UserError, match="--blocks 2: the model has blocks 0 to 1"):
+        pictures.draw_all(run, ["attention"], tmp_path, files=["a.png"], blocks=[2])
 
 
 def test_all_scales_spread_coarse_patches_over_their_area():

@@ -63,18 +63,15 @@ def draw_all(
         title = f"{run.name}, step {run.step}\n{title}"
         paths[kind] = str(_save(run, folder, kind, plot, *values, title=title))
 
-    if "attention" in kinds:
-        scales, depth = layout_of(run.model)[0], len(run.model.blocks)
-        blocks = blocks or sorted({i * depth // 4 for i in range(4)})
-        refuse(max(blocks) >= depth, f"--blocks {max(blocks)}: the model has blocks 0 to {depth - 1}")
+    scales = layout_of(run.model)[0] if {*kinds} - {"errors"} else []
     known = None if files or not {"attention", "errors"} & {*kinds} else run.images_of(split)
     if "attention" in kinds:
         _draw_attention(add, run, scales, blocks, heads, *_shown_images(run, files, known))
     if "position" in kinds:
-        tables = [(scale.name, similarity(scale.positions), scale.grid) for scale in layout_of(run.model)[0]]
+        tables = [(scale.name, similarity(scale.positions), scale.grid) for scale in scales]
         add("position", "similarity of position embeddings", vis_utils.plot_similarity, tables)
     if "patches" in kinds:
-        filters = [scale.filters for scale in layout_of(run.model)[0] if scale.filters]
+        filters = [scale.filters for scale in scales if scale.filters]
         groups = [shown_filters(name, kernels, run.args.dataset in GRAY) for name, kernels in filters]
         add("patches", "filters of the patch embedding", vis_utils.plot_filters, groups)
     if "errors" in kinds:
@@ -187,12 +184,12 @@ def all_scales(received: torch.Tensor, scales: list[Scale]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def look(model: nn.Module, images: torch.Tensor, blocks: list[int]) -> Namespace:
+def look(model: nn.Module, images: torch.Tensor, blocks: list[int] | None) -> Namespace:
     """Collect attention of b images, one by one: all maps of a large model at once would fill the memory.
 
-    `heads` (blocks, heads, n, n) are chosen blocks of the first image; `last` (b, n) what the class token pays in the
-    last block, mean over heads; `rolled` (b, depth, n) its rollout after each block; `distances` (depth, heads) mean
-    attention distances in pixels, over images; `even` that of a token that attends to all it sees alike.
+    `heads` (blocks, heads, n, n) are the first image's in `blocks`, or in four; `last` (b, n) what the class token pays
+    in the last block, mean over heads; `rolled` (b, depth, n) its rollout after each block; `distances` (depth, heads)
+    mean attention distances in pixels, over images; `even` that of a token that attends to all it sees alike.
     """
     scales, class_token = layout_of(model)
     places, points = centres(scales, model.image_size)
@@ -200,13 +197,16 @@ def look(model: nn.Module, images: torch.Tensor, blocks: list[int]) -> Namespace
     for image in images.split(1):
         maps = model.attention_maps(image)[0].float()
         if not last:
+            depth = len(maps)
+            blocks = blocks or sorted({i * depth // 4 for i in range(4)})
+            refuse(max(blocks) >= depth, f"--blocks {max(blocks)}: the model has blocks 0 to {depth - 1}")
             heads = maps[blocks].cpu()
             even = attention_distance((maps > 0).any(dim=0).any(dim=0).float(), places, points).item()
         last.append(maps[-1, :, class_token].mean(dim=0).cpu())
         rolled.append(rollout(maps)[:, class_token].cpu())
         distances.append(attention_distance(maps, places, points).cpu())
     last, rolled, distances = torch.stack(last), torch.stack(rolled), torch.stack(distances).mean(dim=0)
-    return Namespace(heads=heads, last=last, rolled=rolled, distances=distances, even=even)
+    return Namespace(blocks=blocks, heads=heads, last=last, rolled=rolled, distances=distances, even=even)
 
 
 def _by_scale(label: str, received: torch.Tensor, scales: list[Scale]) -> list[tuple[str, torch.Tensor]]:
@@ -221,7 +221,7 @@ def _by_scale(label: str, received: torch.Tensor, scales: list[Scale]) -> list[t
 
 
 def _draw_attention(
-    add: Callable, run, scales: list[Scale], blocks: list[int], chosen: list[int] | None, images: torch.Tensor,
+    add: Callable, run, scales: list[Scale], blocks: list[int] | None, chosen: list[int] | None, images: torch.Tensor,
     names: list[str],
 ) -> None:  # fmt: skip
     """Heads as matrices, the class token's attention and rollout over the images, and attention distance by depth."""
@@ -237,13 +237,13 @@ def _draw_attention(
     chosen = chosen or list(range(min(heads, MAX_HEADS)))
     refuse(max(chosen) >= heads, f"--heads {max(chosen)}: the model has heads 0 to {heads - 1}")
     parts = [(scale.name, scale.first, scale.end) for scale in scales]
-    merged = [i for i in blocks if i >= min(getattr(run.model, "merges", [depth]))]
-    values = (seen.heads[:, chosen], blocks, chosen, parts, pixels[0], merged)
+    merged = [i for i in seen.blocks if i >= min(getattr(run.model, "merges", [depth]))]
+    values = (seen.heads[:, chosen], seen.blocks, chosen, parts, pixels[0], merged)
     add("attention_heads", f"attention in {names[0]}{part}", vis_utils.plot_heads, *values)
     rows = _by_scale("last block,\nmean of heads", seen.last, scales) + _by_scale("rollout", seen.rolled[:, -1], scales)
     title = "where the class token looks: in the last block, and through all blocks (rollout)"
     add("attention_class", title, vis_utils.plot_overlays, pixels, columns, rows)
-    stages = sorted({*blocks, depth - 1})
+    stages = sorted({*seen.blocks, depth - 1})
     rows = [(f"after block {i}", all_scales(seen.rolled[:, i], scales)) for i in stages]
     title = "attention rollout of the class token by depth" + (", all scales together" if len(scales) > 1 else "")
     add("attention_rollout", title, vis_utils.plot_overlays, pixels, columns, rows)
