@@ -12,6 +12,7 @@ from helpers import ROOT, call, in_process, places, same, weights
 
 from eval import load_run
 from models import MODELS
+from utils import options
 from utils.cli import UserError
 from utils.datasets import load_data
 from utils.dist_util import Interrupt
@@ -105,6 +106,18 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
     (row,) = re.findall(r"\| Perceptron-S .*", run("plot.py", whole / "output"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == "+" and {"8x8", "3,258"} <= {*cells} and shown in cells
+
+
+def test_a_word_of_an_own_model_is_a_flag_and_a_name_in_sizes(row, tmp_path, monkeypatch):
+    parser = options.train_parser()
+    parser.add_argument("--hidden", type=int)
+    monkeypatch.setattr(options, "train_parser", lambda: parser)
+    monkeypatch.setattr(options, "SIZES", [*options.SIZES, "hidden"])
+    words = [*FLAGS, *places(tmp_path), "--num_steps", 1]
+    assert "hidden=4" in run("train.py", *words, "--hidden", 4)
+    words += ["-v", "--load_model_dir", next((tmp_path / "output").glob("*_checkpoint.bin"))]
+    assert "Valid Accuracy" in run("train.py", *words)  # it comes with the checkpoint
+    assert "has hidden 4, not 5; leave --hidden out" in in_process("train.py", *words, "--hidden", 5).stderr
 
 
 def test_own_model_edits_no_file_of_the_kit(tmp_path):

@@ -21,7 +21,8 @@ DATA_DIR = "data"
 MODEL = dict(model_type="ViT-B_16", norm_type="LN", img_size=224)  # defaults, where no checkpoint says it
 STEMS = ("conv", "residual")  # --stem, words of models with `_stem` behind them
 EVALUATION = ("interpolation", "crop_pct", "scale", "seed", "test_fraction")  # which test images, and how they are cut
-SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()
+SIZES = "patch_size dim depth heads mlp_dim stem merge_num merge_layer img_sizes".split()  # a model's words
+WORDS = {"img_size": "image_size", "img_sizes": "image_sizes"}  # of models, where they are not the flags'
 
 
 # One line a flag; `Parser` ends each text with the default, unless that is given in brackets.
@@ -320,16 +321,16 @@ def resolve_model(args: argparse.Namespace, config: dict) -> None:
 
     `config` is what made its model. UserError where a flag asks for another model.
     """
-    words, row = {"img_size": "image_size", "img_sizes": "image_sizes"}, MODELS.get(config["model_type"], {})
+    row = MODELS.get(config["model_type"], {})
     for name in (*MODEL, *SIZES):
-        word = words.get(name, name)
+        word = WORDS.get(name, name)
         its, whole, asked = config.get(word), (row | config).get(word), args.asked.get(name)
         if name == "stem":
             its = whole = next((stem for stem in STEMS if config.get(f"{stem}_stem")), None)
             asked = None if asked == "none" and not its else asked
         if asked is None:
             setattr(args, name, its)
-        elif name not in words and asked != (list(whole) if isinstance(whole, tuple) else whole):
+        elif name not in WORDS and asked != (list(whole) if isinstance(whole, tuple) else whole):
             raise UserError(f"{args.load_model_dir} has {name} {whole}, not {asked}; leave --{name} out")
 
 
@@ -375,13 +376,11 @@ def model_config(args: argparse.Namespace) -> dict:
 
     What the flags leave to the model is not among them, so a model need not know the words of another.
     """
-    names = "patch_size dim depth heads mlp_dim merge_num merge_layer dropout init".split()
-    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in (*SIZES, "dropout", "init")}
+    overrides = {WORDS.get(name, name): value for name, value in given.items() if value is not None}
     overrides |= {name: getattr(args, name) for name in ("attn_drop", "drop_path") if getattr(args, name)}
-    if args.img_sizes:
-        overrides["image_sizes"] = args.img_sizes
-    if args.stem:
-        overrides[f"{args.stem}_stem"] = True
+    if stem := overrides.pop("stem", None):
+        overrides[f"{stem}_stem"] = True
     return dict(model_type=args.model_type, norm_type=args.norm_type, image_size=args.img_size, **overrides)
 
 
