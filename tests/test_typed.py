@@ -104,6 +104,7 @@ def test_their_lines_keep_their_meaning(capsys, tmp_path):
         "vit_base_patch8_224.augreg_in21k": ("ViT-B_16", 224, 8),
         "vit_huge_patch14_224_in21k": ("ViT-H_14", 224, None),
         "deit_tiny_patch16_224": ("ViT-Ti_16", 224, None),
+        "deit3_base_patch16_384": ("ViT-B_16", 384, None),
         "vit_base_r50_s16_384": ("R50-ViT-B_16", 384, None),
         "B_32_imagenet1k": ("ViT-B_32", 384, None),
         "dems_tiny": ("DEMS-Ti", 32, None),
@@ -116,6 +117,11 @@ def test_their_lines_keep_their_meaning(capsys, tmp_path):
     args = parse("@recipes/vit_ti_cifar10_32.args", "--model", "vit_small_patch16_224")
     assert (args.model_type, args.img_size, args.patch_size) == ("ViT-S_16", 32, 2)
     assert "recipes" not in capsys.readouterr().err
+    (tmp_path / "w.pth").touch()
+    for flag in ("--finetune", "--initial-checkpoint"):
+        args = parse(*f"{flag} {tmp_path}/w.pth --experiment a --log-interval 50 --grad-checkpointing".split())
+        assert (args.pretrained_dir, args.name) == (f"{tmp_path}/w.pth", "a")
+        assert args.log_every == 50 and args.grad_checkpoint
     for words, expected in {"--fp16 --bf16": (0, 1), "--bf16 --fp16": (1, 0), "--bf16 --no_amp": (0, 0)}.items():
         args = parse(*words.split())
         assert (args.fp16, args.bf16) == expected
@@ -201,7 +207,10 @@ WORDS = {
     "--pin-mem": "(done without a flag); type: python train.py",
     "--dist-url env://": "(torchrun says it)",
     "--world_size 2": "(torchrun says it)",
-    "--accum_iter 4": "(use --gradient_accumulation_steps 4, and --train_batch_size is the whole batch)",
+    "--accum_iter 4": "(use --gradient_accumulation_steps 4, parts of --train_batch_size)",
+    "--grad-accum-steps 4": "(use --gradient_accumulation_steps 4, parts of --train_batch_size)",
+    "--train_path a --val_path b": "(is val/ in the folder); type: python train.py --dataset imagefolder --data_dir F",
+    "--sync-bn": "(done without a flag)",
     "--no-cuda": "(use --device cpu)",
     "--log-wandb": "(TensorBoard's files are in logs/)",
     "--evaluate": "(use -v true, scores; python plot.py draws curves)",

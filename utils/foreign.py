@@ -17,7 +17,9 @@ ALIASES = {
     "--data_set": "--dataset", "--data_path": "--data_dir", "--data_location": "--data_dir",
     "--input_size": "--img_size", "--image_size": "--img_size", "--workers": "--num_workers", "-j": "--num_workers",
     "-w": "--pretrained_dir", "--pretrained_weight": "--pretrained_dir", "--pretrained_weights": "--pretrained_dir",
-    "--output": "--output_dir", "--gpu": "--gpu_id",
+    "--finetune": "--pretrained_dir", "--initial_checkpoint": "--pretrained_dir", "--experiment": "--name",
+    "--output": "--output_dir", "--gpu": "--gpu_id", "--validation_batch_size": "--eval_batch_size",
+    "--log_interval": "--log_every", "--grad_checkpointing": "--grad_checkpoint",
 }  # fmt: skip
 
 # Names of models: the type here, image size, patch size; and the recipe that trains it as published there.
@@ -29,7 +31,7 @@ MODELS = {
     "vit_base_r50_s16_224": ("R50-ViT-B_16", 224, 16, None),
     "vit_base_r50_s16_384": ("R50-ViT-B_16", 384, 16, None),
 }
-TIMM = re.compile(r"(?:vit|deit)_(tiny|small|base|large|huge)_patch(\d+)_(\d+)(?:[._].*)?")  # tags name the weights
+TIMM = re.compile(r"(?:vit|deit3?)_(tiny|small|base|large|huge)_patch(\d+)_(\d+)(?:[._].*)?")  # tags name the weights
 PRETRAINED_VIT = re.compile(r"([BL]_(?:16|32))(_imagenet1k)?")
 DATASETS = {"IN1K": "imagefolder", "IN100": "imagefolder", "Folder": "imagefolder"}
 AUGS = {"rand-m9-mstd0.5-inc1": "strong", "": "weak", "none": "weak"}  # --aa
@@ -43,13 +45,14 @@ ROWS = [
     ("--model_ema_decay --ema", "--ema_decay {}", ""),
     ("--model_ema", "--ema_decay 0.999", ""),
     ("--momentum", "", "is 0.9 with --opt sgd"),
-    ("--accum_iter", "--gradient_accumulation_steps {}", "and --train_batch_size is the whole batch"),
-    ("--pin_mem --no_pin_mem --pin_memory --use_cuda --cuda --vit", "", "done without a flag"),
-    ("--dist_url --dist_backend --init_method --world_size --rank", "", "torchrun says it"),
+    ("--accum_iter --grad_accum_steps", "--gradient_accumulation_steps {}", "parts of --train_batch_size"),
+    ("--pin_mem --no_pin_mem --pin_memory --use_cuda --cuda --vit --sync_bn", "", "done without a flag"),
+    ("--dist_url --dist_backend --init_method --distributed --world_size --rank", "", "torchrun says it"),
     ("--no_cuda --cpu", "--device cpu", ""),
     ("--remode --recount --resplit --mixup_mode", "", "as there by default"),
     ("--log_wandb --wandb --tensorboard", "", "TensorBoard's files are in logs/"),
-    ("--train_path --val_path", "--dataset imagefolder --data_dir FOLDER", "no FFCV files here"),
+    ("--train_path", "--dataset imagefolder --data_dir FOLDER", "no FFCV files here"),
+    ("--val_path", "", "is val/ in the folder"),
     ("--eval --evaluate -e", "-v true", "scores; python plot.py draws curves"),
     ("--ThreeAugment --three_augment --src --color_jitter", "--aug dems", "the nearest"),
     ("--global_pool", "", "the class token is read out here"),
