@@ -244,6 +244,13 @@ def test_all_mistakes_at_once(capsys):
     )
 
 
+@pytest.mark.parametrize("name", ["train", "eval", "plot"])
+def test_help_is_whole_at_80_columns(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = getattr(options, f"{name}_parser")().format_help().splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+
+
 def test_the_bar_is_whole_at_80_columns():
     facts = dict(n=9_999, total=10_000, elapsed=35_000, initial=0, ncols=80, bar_format=train.BAR)
     line = tqdm.format_meter(**facts, postfix="epoch 100.0, loss 0.512, best 100.0 %")

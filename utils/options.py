@@ -45,10 +45,10 @@ def train_parser() -> Parser:
         prog="train.py",
         usage="train.py [FLAGS]\n       train.py @recipes/NAME.args [FLAGS]",
         description="Train, fine-tune or validate one Vision Transformer on one data set.\n\n"
-        "  python train.py @recipes/demo.args                       flags from a file, more may follow\n"
-        "  python train.py --name c10 --dataset cifar10 --model_type ViT-B_32 --pretrained_dir checkpoint/imagenet21k_ViT-B_32.npz\n"
-        "  torchrun --nproc_per_node 2 train.py ...                 several GPUs, or processes on CPU",
-        epilog="Results: output/RUN.txt, .jsonl, _checkpoint.bin (best) and _last.bin (to continue); logs/RUN for TensorBoard.\nThe same command again continues an unfinished run and leaves a finished one alone.",
+        "  python train.py @recipes/demo.args                  flags of a file, and more\n"
+        "  python train.py --dataset cifar10 --bf16 --lr 0.01  flags alone\n"
+        "  torchrun --nproc_per_node 2 train.py ...            several GPUs, or processes",
+        epilog="Results: output/RUN.txt, .jsonl, _checkpoint.bin (best), _last.bin (to go on);\nlogs/RUN for TensorBoard. The same command again continues an unfinished run,\nand leaves a finished one alone.",
     )
     g = p.add_argument_group("run")
     g.add_argument("--name", default=None, help="begins the run id {name}_{model_type}_norm_{norm_type}_fp_{True|False}_img_{size}_pretrain_{T|F}[_seed_N] [the data set's]")
@@ -64,7 +64,7 @@ def train_parser() -> Parser:
     _add_device_flags(g)
 
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, help="fashionmnist-mini is in the repository [imagefolder where --data_dir holds images, else cifar10]")
+    g.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, metavar="NAME", help=f"one of {' '.join(DATASETS)}; fashionmnist-mini is in the repository [imagefolder where --data_dir holds images, else cifar10]")
     g.add_argument("--data_dir", default=DATA_DIR, help="where data sets are looked for and downloaded to; for imagefolder the folder that holds a folder a class, or train/ and val/ or test/ with these")
     g.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder without class folders: columns file,label and perhaps split (train, val, test)")
     g.add_argument("--test_fraction", type=cli.bounded(float, 0, 0.9, open_low=True), default=None, help="part of each class of an image folder without test images that is held out for testing [0.2 where there is no val/ either; with -v, that of the checkpoint]")
@@ -154,7 +154,7 @@ def eval_parser() -> Parser:
     p = Parser(
         prog="eval.py",
         usage="eval.py CHECKPOINT [FLAGS]",
-        description="Evaluate a checkpoint, classify single images with it, or look into it. Everything is rebuilt from the checkpoint.\n\n  python eval.py output/RUN_checkpoint.bin\n  python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png\n  python eval.py output/RUN_checkpoint.bin --plot attention errors",
+        description="Evaluate a checkpoint, classify single images with it, or look into it.\nEverything is rebuilt from the checkpoint.\n\n  python eval.py output/RUN_checkpoint.bin\n  python eval.py output/RUN_checkpoint.bin --images shoe.png bag.png\n  python eval.py output/RUN_checkpoint.bin --plot attention errors",
     )
     p.add_argument("checkpoint", help="RUN_checkpoint.bin or RUN_last.bin of train.py")
     p.add_argument("--images", nargs="+", metavar="FILE", help="classify these instead of a data set; of a folder all images in it, into predictions.csv; with --plot attention, look at these")
@@ -166,7 +166,7 @@ def eval_parser() -> Parser:
     p.add_argument("--top", type=cli.positive_int, default=5, help="classes shown per image")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--output_dir", default=None, help="for predictions.csv, the confusion matrix and pictures [the checkpoint's folder]")
-    p.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, help="whose test images are scored [that of the checkpoint]")
+    p.add_argument("--dataset", type=cli.choice(DATASETS, foreign.DATASETS), choices=DATASETS, default=None, metavar="NAME", help="whose test images are scored [that of the checkpoint]")
     p.add_argument("--data_dir", default=None, help="where it is looked for; a folder's test/CLASS/ is scored whole, of CLASS/ alone the part that a run would test on [that of the checkpoint]")
     p.add_argument("--labels", default=None, metavar="FILE.csv", help="of an image folder, as for train.py [that of the checkpoint, where --data_dir is, too]")
     p.add_argument("--emnist_split", choices=EMNIST_SPLITS, default=None, help="[that of the checkpoint]")
