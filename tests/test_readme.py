@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT
 
-from models import MODELS
+from models import MODELS, create_model
 from utils import foreign, options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,6 +72,19 @@ def test_tables_name_all_models_and_recipes():
     for path in (ROOT / "recipes").glob("*.args"):
         parts = re.split(r"(?=_finetune|_pretrained|_384$)", path.stem)
         assert all(f"`{part}" in table for part in parts), path
+
+
+def test_parameters_are_those_of_the_models():
+    table = README[README.index("| `--model_type`") : README.index("Every ViT but")]
+    found = {}
+    for line in table.strip().splitlines()[2:]:
+        kinds, numbers = line.split("|")[1:3]
+        names = [name if "-" in name else f"ViT-{name}" for name in re.findall(r"`(.*?)`", kinds)]
+        found |= dict(zip(names, numbers.replace(" ", "").split(","), strict=True))
+    sides = {name: 32 if name.startswith(("DEMS", "MViT")) else 224 for name in found}
+    with torch.device("meta"):
+        models = {name: create_model(name, image_size=side, num_classes=10) for name, side in sides.items()}
+    assert found == {k: f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f}M" for k, m in models.items()}
 
 
 def shortened(block: str) -> str:
