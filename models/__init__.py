@@ -9,6 +9,7 @@ What a model owes:
 What it may have, each with what happens without:
 
 - Other words of the constructor, such as `dropout`: the flags of train.py that ask for them are refused.
+- `head`, a torch.nn.Linear: no --freeze; weights for other classes are refused, instead of a new head.
 - `blocks`, a sequence of its layers, made after the embeddings and before norm and head: no --layer_decay, no
   --grad_checkpoint; --opt muon takes no matrix.
 - `no_weight_decay()`, names of parameters that weight decay leaves out: none.

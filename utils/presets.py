@@ -6,8 +6,9 @@ examples/own_model.py does.
 
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
-# --dataset: `read(data_dir, **other words of the row)` gives images and classes, see utils/datasets.py. It is a
-# function, or where to find one. `file`, `folder` and `url` tell a user without network what to put where.
+# --dataset: `read(data_dir, **other words of the row)`, a function or where to find one, gives images and classes, see
+# utils/datasets.py; `split` and `labels` are overridden by --emnist_split and --labels. `file`, `folder` and `url` tell
+# a user without network what to put where.
 # fmt: off
 DATASETS = {
     "cifar10": dict(read="utils.datasets:cifar", cls="CIFAR10", file="cifar-10-python.tar.gz", folder="", url=CIFAR),
