@@ -403,6 +403,9 @@ def test_dry_run_goes_on_from_a_save_alone(tmp_path):
     files.json.write_text("".join(lines[:2]))
     assert results.plan(args)[0].startswith("4 steps; time unknown")  # from the start, as train.py does
     files.last.touch()
+    files.json.write_text(lines[0])
+    assert results.plan(args)[0].startswith("4 steps; goes on; ")  # stopped before the first evaluation
+    files.json.write_text("".join(lines[:2]))
     assert results.plan(args)[0].startswith("4 steps; goes on after step 2 of 4; ")
     files.json.write_text("".join(lines))
     args.extend, args.num_steps = True, 8

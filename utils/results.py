@@ -386,7 +386,7 @@ def plan(args: Namespace) -> tuple[str, float | None]:
     with contextlib.suppress(UserError):
         runs, _ = read_runs(files.folder)
     own = next((run for run in runs if run.id == files.id and run.steps and state != "new" and files.saved), None)
-    goes_on = f"goes on after {own.progress}; " if own else ""
+    goes_on = f"goes on after {own.progress}; " if own else "goes on; " * (state != "new" and files.saved)
     cost = COST if unit == "num_steps" else (*COST, "dataset", "data_dir", "ra")  # whose images are an epoch
     for run in runs:
         if run.finished and run.minutes is not None and all(run.settings.get(k) == now.get(k) for k in cost):
