@@ -8,6 +8,7 @@ Everything of train.py works as there: the same command continues, torchrun and 
 eval.py's functions, once the model's row is in MODELS, as below.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def main(words: list[str]) -> int:
     args.width = mine.width  # a setting of the run, which another one makes another run
     status = train.main(args)
 
-    if status == 0 and not (args.validate or args.dry_run):
+    if status == 0 and not (args.validate or args.dry_run) and os.environ.get("RANK", "0") == "0":  # of torchrun's one
         run = eval.load_run(RunFiles.of(args).best, "cpu")
         images, labels = stripes(Path())[0]["test"]
         for label, answer in zip(labels[:3].tolist(), run.predict(images[:3], top=2), strict=True):

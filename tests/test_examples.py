@@ -120,7 +120,7 @@ def test_a_word_of_an_own_model_is_a_flag_and_a_name_in_sizes(row, tmp_path, mon
     assert "has hidden 4, not 5; leave --hidden out" in in_process("train.py", *words, "--hidden", 5).stderr
 
 
-def test_own_model_edits_no_file_of_the_kit(tmp_path):
+def test_own_model_edits_no_file_of_the_kit(tmp_path, monkeypatch):
     recipe = tmp_path / "mine.args"
     recipe.write_text("--width 8  # own flags may stand there, too\n")
     words = ["--name", "mine", f"@{recipe}", *places(tmp_path)]
@@ -131,6 +131,9 @@ def test_own_model_edits_no_file_of_the_kit(tmp_path):
     settings = json.loads(next((tmp_path / "output").glob("*.jsonl")).read_text().splitlines()[0])["settings"]
     assert (settings["model_type"], settings["dataset"], settings["aug"]) == ("ConvNet", "stripes", "faded")
     assert "is finished: best accuracy" in run("examples/own_model.py", *words)
+    with monkeypatch.context() as context:  # another of torchrun's processes
+        context.setenv("RANK", "1")
+        assert "aslant" not in run("examples/own_model.py", *words)
     other = in_process("examples/own_model.py", *words, "--width", 16)
     assert other.returncode == 2 and "exists with other settings: width 8 -> 16" in other.stderr
     # batch statistics of an own model, too, are of passes
