@@ -123,7 +123,12 @@ def test_a_word_of_an_own_model_is_a_flag_and_a_name_in_sizes(row, tmp_path, mon
 def test_own_model_edits_no_file_of_the_kit(tmp_path, monkeypatch):
     recipe = tmp_path / "mine.args"
     recipe.write_text("--width 8  # own flags may stand there, too\n")
-    words = ["--name", "mine", f"@{recipe}", *places(tmp_path)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--name", "mine", "@~/mine.args", *places(tmp_path)]
+    (tmp_path / "quote.args").write_text("--name 'a\n")
+    for name, reason in dict(quote="holds no flags as on the command line", nowhere="no such file; there are").items():
+        error = in_process("examples/own_model.py", f"@~/{name}.args").stderr
+        assert error.startswith(f"own_model.py: error: recipe {tmp_path}/{name}.args: {reason}")
     out = run("examples/own_model.py", *words)
     score = float(re.search(r"Best Accuracy: \t([\d.]+)", out)[1])
     assert score > 0.6  # of three classes, after 200 steps

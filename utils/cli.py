@@ -102,8 +102,20 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         line = line.removeprefix("\ufeff")  # as Windows' editors begin a file
         line = re.sub(r"""("[^"]*"|'[^']*')|(?<!\S)#.*""", r"\1", line)  # without comment; as in a shell, a#b is a word
-        words = shlex.split(line)
-        return [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words]
+        return shlex.split(line)
+
+    def _read_args_from_files(self, words: list[str]) -> list[str]:
+        words = [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words]
+        recipes = [Path(word[1:]) for word in words if word.startswith("@")]
+        for path in (path for path in recipes if not path.is_file()):
+            near = ", ".join(sorted(map(str, path.parent.glob("*.args"))))
+            self.error(f"recipe {path}: no such file" + (f"; there are {near}" if near else ""))
+        try:
+            for path in recipes:
+                path.read_text()  # from Python 3.12 on, argparse takes what is no text
+            return super()._read_args_from_files(words)
+        except (ValueError, RecursionError) as error:  # no text, an unclosed quote, or a recipe that includes itself
+            self.error(f"recipe {' '.join(map(str, recipes))}: holds no flags as on the command line ({error})")
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -113,18 +125,8 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         if lone := [word for word in argv if any("\ud800" <= char <= "\udfff" for char in word)]:
             self.error(f"{lone[0]}: is not UTF-8; rename it")
-        argv = [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in argv]
-        recipes = [Path(word[1:]) for word in argv if word.startswith("@")]
-        for path in recipes:
-            if not path.is_file():
-                near = ", ".join(sorted(map(str, path.parent.glob("*.args"))))
-                self.error(f"recipe {path}: no such file" + (f"; there are {near}" if near else ""))
-        try:
-            for path in recipes:
-                path.read_text()  # from Python 3.12 on, argparse takes what is no text
-            words = self._read_args_from_files(argv)
-        except (ValueError, RecursionError) as error:  # no text, an unclosed quote, or a recipe that includes itself
-            self.error(f"recipe {' '.join(map(str, recipes))}: holds no flags as on the command line ({error})")
+        recipes = [Path(word[1:]).expanduser() for word in argv if word.startswith("@")]
+        words = self._read_args_from_files(argv)
         known = self._option_string_actions
         words, said, _, by_recipe = foreign.translate(self.prog, words, known)
         line = foreign.translate(self.prog, argv, known)[2]

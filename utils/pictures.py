@@ -90,9 +90,7 @@ def _shown_images(run, files: list[str] | None, known: ImageSet | None) -> tuple
 
 
 def _to_tensorboard(run, paths: Iterable[str | Path]) -> None:
-    """Show pictures under the tags visual/KIND, which come after the curves, test/ and train/; those of other images
-    or weights, whose names say so, beside them.
-    """
+    """Show pictures under visual/, after the curves in test/ and train/, by their files' names without the run's id."""
     folder = Path(run.args.log_dir) / run_id(run.args)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return
