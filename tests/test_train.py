@@ -141,6 +141,19 @@ def test_finished_run_is_left_alone_and_other_settings_are_refused(reference):
     assert content(reference) == before
 
 
+@pytest.mark.parametrize("norm", ["LN", "BN"])
+def test_accumulation_of_a_run_whose_log_tells_of_no_statistics(reference, tmp_path, norm):
+    """As logs were; the norm says it."""
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    log = tmp_path / "output" / f"{ID.replace('_LN_', f'_{norm}_')}.jsonl"
+    text = (tmp_path / "output" / f"{ID}.jsonl").read_text().replace('"norm_type": "LN"', f'"norm_type": "{norm}"')
+    assert '"statistics": false, ' in text
+    log.write_text(text.replace('"statistics": false, ', ""))
+    words = [*RUN, *places(tmp_path), "--norm_type", norm, "--gradient_accumulation_steps", 1]
+    done = run("train.py", *words, check=0 if norm == "LN" else 2)
+    assert ("is finished" if norm == "LN" else "gradient_accumulation_steps 2 -> 1") in done.stdout + done.stderr
+
+
 def test_a_flag_that_is_newer_than_the_run_is_another_setting(reference, tmp_path):
     """At its default it changes nothing; otherwise, it would not be seen that the run is without it."""
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)

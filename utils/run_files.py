@@ -110,13 +110,12 @@ class RunFiles:
             return []
         start = self.record("start") or {}
         old = start.get("settings")
-        lacks = f"{self.json}: lacks the run's settings; bring it back, or --overwrite the run"
-        refuse(not isinstance(old, dict), lacks)
+        refuse(type(old) is not dict, f"{self.json}: lacks the run's settings; bring it back, or --overwrite the run")
         old = defaults() | old  # of flags that are newer than the run
         if now["num_steps"] is None:
             now = now | dict(epochs=None, num_steps=steps_of(now, old))
-        # accumulation makes the same update of more passes, except where each pass has statistics of its own
-        if start.get("statistics") is False:
+        # accumulation makes the same update of more passes, but for statistics of passes; older logs don't tell of them
+        if not start.get("statistics", old["norm_type"] in ("BN", "Rescale") or old["stem"] == "residual"):
             free = {*free, "gradient_accumulation_steps"}
         return [
             f"{name} {old.get(name)} -> {value}"
@@ -143,10 +142,9 @@ class RunFiles:
 
     def check_same(self, now: dict, classes: list[str], files: dict[str, dict], extend: bool) -> None:
         """UserError where the run on disk has other settings or images, or isn't there to be extended."""
-        if changed := self.other_data(classes, files):
-            way_out = "bring them back, or start anew: another --name, with --pretrained_dir"
-            text = f"{', '.join(changed)}; {way_out} {self.best} to keep what it learnt, or --overwrite"
-            raise UserError(f"run {self.id} exists with other images: {text}")
+        changed = ", ".join(self.other_data(classes, files))
+        way_out = f"bring them back, or start anew: another --name with --pretrained_dir {self.best}, or --overwrite"
+        refuse(changed, f"run {self.id} exists with other images: {changed}; {way_out}")
         self.check_settings(now, extend)
 
     def check_settings(self, now: dict, extend: bool) -> None:
