@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import nn
 import eval
 import train
 from models import create_model
-from utils import checkpoint, dist_util, options
+from utils import checkpoint, cli, dist_util, options
 from utils.anomaly import Anomaly, NonFinite
 from utils.cli import UserError
 from utils.dist_util import Processes
@@ -200,12 +202,27 @@ def test_signal_to_the_whole_group_leaves_streaming_workers_alone(start, tmp_pat
     assert "Stopped by SIGTERM after step" in (tmp_path / "output" / f"{ID}.txt").read_text()
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+def at_ctrl_c(request):
+    """Ctrl-C as programs find it: ignored in the background of a script."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield request.param
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("words", ["train.py", "eval.py x.bin"])
-def test_interrupt_while_pytorch_is_loaded(tmp_path, words):
+def test_interrupt_while_pytorch_is_loaded(tmp_path, words, at_ctrl_c):
     lost = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass\n"
-    (tmp_path / "torch.py").write_text(lost)  # as a callback of Python's import loses an exception
-    done = call(*words.split(), check=-signal.SIGINT, env={"PYTHONPATH": str(tmp_path)})
-    assert done.stderr == "Stopped by Ctrl-C\n"
+    (tmp_path / "torch.py").write_text(lost + "os._exit(7)")  # as a callback of Python's import loses an exception
+    status, error = (7, "") if at_ctrl_c == signal.SIG_IGN else (-signal.SIGINT, "Stopped by Ctrl-C\n")
+    assert call(*words.split(), check=status, env={"PYTHONPATH": str(tmp_path)}).stderr == error
+
+
+def test_interrupt_of_a_script(at_ctrl_c, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as end:
+        cli.run_main(lambda args: signal.raise_signal(signal.SIGINT), None)
+    assert end.value.code == (None if at_ctrl_c == signal.SIG_IGN else 130)
 
 
 def test_second_interrupt_leaves_at_once(start, tmp_path):

@@ -247,7 +247,8 @@ def say_loading() -> None:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
 
-    signal.signal(signal.SIGINT, stop)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a script
+        signal.signal(signal.SIGINT, stop)
     say("Loading PyTorch ...")
 
 
@@ -258,7 +259,8 @@ def run_main(main: Callable, args, explain: Callable = lambda error: None, at_en
     called in any case. Every process of a node would print the same line, so only the first one does, if it isn't one's
     alone.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks stops nothing
     try:
         status = main(args)
