@@ -79,7 +79,7 @@ class ImageSet:
 class Data:
     """A data set ready for training."""
 
-    train: ImageSet | None  # None where only evaluation was asked for, or there are none to evaluate on
+    train: ImageSet | None  # None where only evaluation was asked for, or a checkpoint's data has no train/
     valid: ImageSet  # what 'best' is chosen by, during training
     test: ImageSet  # what is reported; the same object as `valid` unless images were held out
     classes: list[str]  # names in the order of the labels

@@ -185,7 +185,7 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
     for found, what in (
         ([name for name, n in Counter(row["file"] for row in rows).items() if n > 1], "come twice"),
         ([row["file"] for row in rows if not row["label"].isprintable() or not row["label"]], "lack a printable label"),
-        ([row["file"] for row in rows if row["file"] not in there], f"are not in {root}, where / ends a folder's name"),
+        ([row["file"] for row in rows if row["file"] not in there], f"are not in {root} (folders with / not \\)"),
     ):
         refuse(found, f"--labels {table}: {len(found)} files {what}, as {next(iter(found), '')}")
     classes = sorted({row["label"] for row in rows})
