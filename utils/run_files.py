@@ -143,8 +143,8 @@ class RunFiles:
     def check_same(self, now: dict, classes: list[str], files: dict[str, dict], extend: bool) -> None:
         """UserError where the run on disk has other settings or images, or isn't there to be extended."""
         changed = ", ".join(self.other_data(classes, files))
-        way_out = f"bring them back, or start anew: another --name with --pretrained_dir {self.best}, or --overwrite"
-        refuse(changed, f"run {self.id} exists with other images: {changed}; {way_out}")
+        anew = f"--overwrite, or another --name, with --pretrained_dir {self.best} to keep what it learnt"
+        refuse(changed, f"run {self.id} exists with other images: {changed}; bring them back, or begin anew: {anew}")
         self.check_settings(now, extend)
 
     def check_settings(self, now: dict, extend: bool) -> None:
