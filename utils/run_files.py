@@ -144,7 +144,7 @@ class RunFiles:
         """UserError where the run on disk has other settings or images, or isn't there to be extended."""
         changed = ", ".join(self.other_data(classes, files))
         anew = f"--overwrite, or another --name, with --pretrained_dir {self.best} to keep what it learnt"
-        refuse(changed, f"run {self.id} exists with other images: {changed}; bring them back, or begin anew: {anew}")
+        refuse(changed, f"run {self.id} exists with other images: {changed}; bring them back, or start anew: {anew}")
         self.check_settings(now, extend)
 
     def check_settings(self, now: dict, extend: bool) -> None:
