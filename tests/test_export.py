@@ -67,7 +67,7 @@ def test_safetensors_for_timm_by_the_command(tmp_path):
     assert facts["image_size"] == 28 and facts["image_mean"][0] == 0.4914 and len(facts["classes"]) == 10
     score = ["train.py", "--name", "y", *TINY, "-v", "--load_model_dir"]  # which reads the preparation beside it
     assert in_process(*score, file).stdout.splitlines()[1:] == in_process(*score, path).stdout.splitlines()[1:]
-    for more, reason in (("--heads 4", "has 2 attention heads, the model 4"), ("--depth 3", "has 2 blocks")):
+    for more, reason in (("--heads 4", "has 2 attention heads, the model 4"), ("--depth 3", "lacks blocks.2.")):
         done = in_process("train.py", "--name", "z", *TINY, *more.split(), "--pretrained_dir", file, *places(tmp_path))
         assert done.returncode == 2 and reason in done.stderr
     beside.write_text(json.dumps(facts | {"classes": list("abcdefghij")}))  # as many, but others

@@ -378,7 +378,7 @@ FILES = [
     ("--pretrained_dir {bad}/words.npz", "words.npz: no readable .npz of Google's (can't convert"),
     ("--pretrained_dir {bad}/flat.npz", "flat.npz: no readable .npz of Google's"),
     ("--pretrained_dir {bad}/object.npz", "object.npz: no readable .npz of Google's (Object arrays cannot"),
-    ("--pretrained_dir {bad}/google.npz --depth 3", "has 2 blocks, the model 3"),
+    ("--pretrained_dir {bad}/google.npz --depth 3", "lacks blocks.2.norm1.weight"),
     ("--pretrained_dir {bad}/google.npz --img_size 8 --patch_size 1", "google.npz: patch_embed.proj.weight is"),
     ("--load_model_dir {bad}/google.npz -v true", "pre_logits.weight, pre_logits.bias: no place for it in ViT"),
     ("--device cuda --gpu_id 99", "torch sees no GPU here"),

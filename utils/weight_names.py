@@ -1,4 +1,4 @@
-"""How other projects name the tensors of a Vision Transformer, and what they have that these models have not.
+"""How other projects name the tensors of a Vision Transformer, and what in their files may be left out.
 
 One row of ORIGINS more, and the files of one project more are read. Names here are those of timm and DeiT: `cls_token,
 pos_embed, patch_embed.proj, blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}, norm, head`; queries, keys and
@@ -91,14 +91,13 @@ class Origin:
     """A project whose files are known by a tensor that only they have: `mark`, the end of its name.
 
     `names` are (pattern, replacement), one after the other, to the names here; `normalize` is a key of
-    presets.NORMALIZE, where all of its files were trained with the same; `refused` is what all have and no model here.
+    presets.NORMALIZE, where all of its files were trained with the same.
     """
 
     project: str
     mark: str
     names: tuple[tuple[str, str], ...] = ()
     normalize: str | None = None
-    refused: str = ""
 
 
 ORIGINS = (
@@ -107,7 +106,6 @@ ORIGINS = (
     Origin("Hugging Face", "embeddings.patch_embeddings.projection.weight", HUGGING_FACE),
     Origin("torchvision", "encoder.pos_embedding", TORCHVISION, "imagenet"),
     Origin("PyTorch-Pretrained-ViT", "positional_embedding.pos_embedding", LUKEMELAS, "half"),
-    Origin("lucidrains/vit-pytorch", "to_patch_embedding.1.weight", refused="LayerNorm on the raw patches"),
     Origin("timm", "patch_embed.proj.weight"),
 )
 # timm's names are also those of DeiT, and of these, known by other tensors in the same file.
@@ -138,27 +136,4 @@ HARMLESS = (
 )
 # What a new head does without: layers before the old one, which the published implementations leave out, too.
 HARMLESS_AT_FINE_TUNING = (r"^pre_logits\.",)
-
-# What other models have: (pattern, what it is), the most telling first.
-FOREIGN = (
-    (r"reg(ister)?_tokens?$", "register tokens"),
-    (r"dist_token$|distillation_token$", "a distillation token"),
-    (r"rope|freqs|periods", "rotary positions"),
-    (r"rel(ative)?_pos", "relative positions"),
-    (r"\.(q|k|norm_q|norm_k)_?norm", "norms of queries and keys"),
-    (r"^blocks_token_only\.|\.proj_[lw]\.", "CaiT's class attention or talking heads"),
-    (r"\.pos_proj\.|gating_param", "ConViT's gated positions"),
-    (r"\.local_mp\.|\.temperature$", "XCiT's cross-covariance attention"),
-    (r"\.(q|v)_bias$", "biases of queries and values alone, as BEiT"),
-    (r"^fc_norm\.", "a norm after pooling"),
-    (r"^(norm_pre|pre_norm|ln_pre)\.", "a norm before the blocks"),
-    (r"^(attn_pool|MAPHead_0)\b", "pooling by attention"),
-    (r"\.mlp\.(w12|w[123]|gate_proj|up_proj|fc1_[gx])\.", "a gated MLP (SwiGLU)"),
-    (r"\.mlp\.norm\.", "a norm inside the MLP"),
-    (r"^patch_embed\.backbone\.", "timm's convolutional stem"),
-    (r"^patch_embed\.(proj|stem)\.", "another patch embedding"),
-    (r"gamma|\.ls\d|layer_scale", "LayerScale"),
-    (r"\.running_(mean|var)$", "BatchNorm"),
-)
-ABSENT = {"cls_token": "it pools its patches", "pos_embed": "it has no learned positions"}
 # fmt: on

@@ -138,7 +138,6 @@ def _rename(file: WeightFile) -> None:
             break
     else:
         return
-    refuse(origin.refused, f"{file.path}: of {origin.project}: {origin.refused}, which no model here has")
     root = min(roots, key=lambda root: ("momentum" in root, "student" in root, len(root)))  # of several networks
     parts = root.split(".")[:-1]
     cuts = [".".join(parts[:n]) + "." for n in range(len(parts), 0, -1)]  # a head may stand beside the rest
@@ -295,50 +294,23 @@ def _few(names: list[str]) -> str:
     return one_line(", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else ""))
 
 
-def _depth(names) -> int:
-    """The number of blocks that names of tensors speak of."""
-    found = [re.match(r"blocks\.([0-9]{1,6})\.", name) for name in names]
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-
-def _matches(name: str, patterns) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _check_model(file: WeightFile, state: State, target: State, model: nn.Module) -> None:
-    """Refuse a file of another model, by the most telling of its tensors."""
-    kind, path = type(model).__name__, file.path
-    left = [name for name in state if name not in target]
-    for pattern, what in weight_names.FOREIGN:
-        for name in left:
-            if re.search(pattern, name) and not _matches(name, (*weight_names.HARMLESS, r"\.layer\.running_")):
-                raise UserError(f"{path}: {name}: {what}, which {kind} has not")
-    for name in state:
-        fc2 = state.get(name.replace(".fc1.", ".fc2."))
-        if name.endswith(".mlp.fc1.weight") and fc2 is not None and state[name].shape[0] == 2 * fc2.shape[-1]:
-            raise UserError(f"{path}: {name}: a gated MLP (SwiGLU), which {kind} has not")
-    theirs, ours = _depth(state), _depth(target)
-    refuse(theirs and theirs != ours, f"{path}: has {theirs} blocks, the model {ours}; another --model_type?")
+def _check_model(file: WeightFile, model: nn.Module) -> None:
+    """Refuse a file whose tensors would fit, though its model computes something else."""
+    path, config = file.path, file.own.get("config") or {}
     block = next(iter(getattr(model, "blocks", [])), None)
     heads = getattr(getattr(block, "attn", None), "heads", file.heads)
     wrong = file.heads not in (None, heads)
     refuse(wrong, f"{path}: has {file.heads} attention heads, the model {heads}; another --model_type or --heads?")
-    if merges := (file.own.get("config") or {}).get("merge_layer"):
+    if merges := config.get("merge_layer"):
         ours = [index + 1 for index in getattr(model, "merges", ())]  # a ViT has none
         wrong = [*merges] != ours
         refuse(wrong, f"{path}: merges tokens before blocks {merges}, the model before {ours}; another --merge_layer?")
-    body = [name for name, _ in model.named_parameters() if not name.startswith("head.")]
-    found = len(state.keys() & {*body})
-    if found < len(body) / 2:
-        whose = "names of this model" if file.origin else "names of this model or of a project that is known"
-        reason = f"only {found} of {len(body)} tensors have {whose}, and there are {_few(left)}"
-        raise UserError(f"{path}: {reason}; another kind of file?")
 
 
 def _check_tensor(path: Path, name: str, value: torch.Tensor, target: torch.Tensor) -> None:
     """Refuse what does not belong where `target` is: other kinds of numbers, or values that are not finite."""
     refuse(value.layout != torch.strided or value.is_meta, f"{path}: {name} is no dense tensor; save the weights again")
-    if value.is_floating_point() != target.is_floating_point() or value.is_complex():
+    if value.is_floating_point() != target.is_floating_point():
         raise UserError(f"{path}: {name} is of {value.dtype}, the model's of {target.dtype}; another kind of file?")
     if value.shape == target.shape and not value.to(target.dtype).isfinite().all():
         raise UserError(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
@@ -348,22 +320,19 @@ def _check_names(
     file: WeightFile, state: State, target: State, model: nn.Module, keep_head: bool, exact: bool
 ) -> tuple[list[str], list[str]]:
     """Names that the file has beyond the model, and those that start anew; refuse what would compute something else."""
-    path, kind = file.path, type(model).__name__
-    harmless, anew = [*weight_names.HARMLESS], []  # what the file may have beyond the model, and lack
-    differ = [n for n in {*state} ^ {*target} if re.search(weight_names.NORMS, n)]
-    other = any(n in state or ".running_" in n for n in differ)  # --norm_type; BN's names are GN's and statistics
-    norms = [weight_names.NORMS] if other and not exact else []
-    left, missing = ([n for n in a if n not in b or _matches(n, norms)] for a, b in ((state, target), (target, state)))
-    if not exact:
-        harmless += [*weight_names.HARMLESS_AT_FINE_TUNING, *norms]
-        anew += [r"^head\.", *norms]
-    if not keep_head:  # that of a pretraining
-        harmless += [r"^head\."]
-    strange = [name for name in left if not _matches(name, harmless)]
-    refuse(strange, f"{path}: {_few(strange)}: no place for it in {kind}; another kind of model?")
-    absent = [name for name in missing if not _matches(name, anew)]
-    why = next((f" ({reason})" for name, reason in weight_names.ABSENT.items() if name in absent), "")
-    refuse(absent, f"{path}: lacks {_few(absent)}{why}; another --model_type, --norm_type or kind of model?")
+    path, other, renewed = file.path, "another --model_type, --norm_type or kind of model?", set()
+    norms = {name for name in {*state, *target} if re.search(weight_names.NORMS, name)}
+    differ = [name for name in norms if name not in target or name not in state and ".running_" in name]
+    if differ and not exact:  # all of them, as BN's and GN's have names in common
+        renewed = norms
+    left = [name for name in state if name not in target or name in renewed]
+    missing = [name for name in target if name not in state or name in renewed]
+    harmless = weight_names.HARMLESS if exact else weight_names.HARMLESS + weight_names.HARMLESS_AT_FINE_TUNING
+    harmless = harmless if keep_head else (*harmless, r"^head\.")  # that of a pretraining
+    strange = [name for name in left if name not in renewed and not any(re.search(each, name) for each in harmless)]
+    refuse(strange, f"{path}: {_few(strange)}: no place for it in {type(model).__name__}; {other}")
+    absent = [name for name in missing if name not in renewed and (exact or not name.startswith("head."))]
+    refuse(absent, f"{path}: lacks {_few(absent)}; {other}")
     head = target.get("head.weight")  # a head may be of several layers
     if exact and not keep_head and head is not None and state["head.weight"].shape[1:] == head.shape[1:]:
         raise UserError(f"{path}: its head is of {len(state['head.weight'])} classes, the data has {len(head)}")
@@ -387,7 +356,7 @@ def load_weights(
     folded = len(state) < len(file.state)
     report.notes += ["LayerScale folded into attn.proj and mlp.fc2"] * folded
     bare = file.origin == "Google" or folded  # big_vision, DeiT-III: no position of the class token
-    _check_model(file, state, target, model)
+    _check_model(file, model)
     _complete(state, target, report.notes)
     heads = [name for name in target if name.startswith("head.")]
     keep_head = keep_head and all(name in state and state[name].shape == target[name].shape for name in heads)
