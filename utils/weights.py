@@ -6,6 +6,7 @@ the model has no place for is refused. Files are data: nothing in them is ever e
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -52,7 +53,7 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
     """Read a weight file of any supported kind. UserError: missing, damaged, unsafe, or without weights."""
     path = Path(path)
     checkpoint.check_kind(path)
-    file, named = WeightFile(path, {}), [path.name]
+    file, named, told = WeightFile(path, {}), [path.name], {}
     if path.suffix == ".npz":
         with refusing(f"{path}: no readable .npz of Google's", "download it again"):
             with np.load(path, allow_pickle=False) as arrays:
@@ -64,14 +65,16 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
             file.state = load_file(path)
     else:
         held = checkpoint.read_file(path)
-        if isinstance(held, dict) and {"model", "classes"} <= held.keys() and isinstance(held.get("args"), dict):
+        held = held if isinstance(held, dict) else {}
+        if {"model", "classes"} <= held.keys() and isinstance(held.get("args"), dict):
             file.own = {name: held.get(name) for name in ("args", "classes", "config")}
             file.state = checkpoint.kept_weights(held)
         else:
             file.state = _find_tensors(held, file.notes)
-            strange = _few([*map(str, held)]) if isinstance(held, dict) and not file.state else ""
+            strange = "" if file.state else _few([*map(str, held)])
             refuse(strange, f"{path}: holds no weights under the usual keys, but {strange}; save them under model")
-            named += _read_timm(file, held) if isinstance(held, dict) else []
+            flags = held.get("args")  # of timm's train.py
+            told[path] = {"arch": held.get("arch"), **(vars(flags) if isinstance(flags, argparse.Namespace) else {})}
     wrappers = r"(?<![^.])(module|_orig_mod)\."  # of the whole model, or of blocks that are compiled one by one
     file.state = {re.sub(wrappers, "", str(name)): v for name, v in file.state.items() if torch.is_tensor(v)}
     refuse(not file.state, f"{path}: holds no weights")
@@ -82,7 +85,10 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
         file.normalize = (args["mean"], args["std"]) if args.get("mean") and args.get("std") else None
     else:
         _rename(file)
-        named += _read_beside(file) if path.suffix != ".npz" else []  # Google's files say it all themselves
+        told |= _read_beside(path) if path.suffix != ".npz" else {}  # Google's files say it all themselves
+        for where, facts in told.items():
+            with refusing(f"{where}: not understood", "put it right, or elsewhere"):
+                named += _take_facts(file, where, facts)
         rotary = [name for name in named if re.search(r"(?<![a-z])rope", name.lower())]  # some files hold nothing of it
         refuse(rotary, f"{path}: {', '.join(rotary)}: rotary positions, which no model here has")
     words = " ".join(named).lower()
@@ -92,10 +98,8 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
     return file
 
 
-def _find_tensors(held, notes: list[str]) -> State:
+def _find_tensors(held: dict, notes: list[str]) -> State:
     """The tensors in what a torch file held: bare, or under one of the usual keys."""
-    if not isinstance(held, dict):
-        return {}
     keys = (*weight_names.AVERAGED, *weight_names.PLAIN)
     found = [key for key in keys if isinstance(held.get(key), dict) and _find_tensors(held[key], [])]
     if found:
@@ -158,47 +162,36 @@ def _rename(file: WeightFile) -> None:
         file.normalize = tuple(map(list, NORMALIZE[normalize]))
 
 
-def _read_timm(file: WeightFile, held: dict) -> list[str]:
-    """What a checkpoint of timm's train.py says of its model; names of it."""
-    flags = vars(held["args"]) if isinstance(held.get("args"), argparse.Namespace) else {}
-    words = flags.get("model_kwargs") or {}
-    _check_told(file.path, flags.get("gp") or words.get("global_pool"), words.get("act_layer"))
-    if flags.get("mean") and flags.get("std"):
-        file.normalize = tuple([*flags[word]] * (3 // len(flags[word])) for word in ("mean", "std"))  # or one for all
-    file.heads = words.get("num_heads")
-    return [name for name in (held.get("arch"), flags.get("model")) if isinstance(name, str)]
+def _read_beside(path: Path) -> dict[Path, dict]:
+    """What JSON files of timm, Hugging Face and `eval.py --export` say beside weights, the nearest last."""
+    found = {}
+    for file in (path.with_name("preprocessor_config.json"), path.with_name("config.json"), path.with_suffix(".json")):
+        with contextlib.suppress(OSError, ValueError):  # not there, or no JSON
+            found[file] = json.loads(file.read_text(encoding="utf-8"))
+    return {file: facts for file, facts in found.items() if isinstance(facts, dict)}
 
 
-def _check_told(path: Path, pooling, activation) -> None:
-    """Refuse what a model is said to do, and tensors don't show."""
-    refuse(pooling and pooling != "token", f"{path}: pooled by {pooling!r}, which no model here does")
-    refuse(activation and activation != "gelu", f"{path}: activation {activation!r}, where models here have GELU")
-
-
-def _read_beside(file: WeightFile) -> list[str]:
-    """What the JSON files of timm, Hugging Face and `eval.py --export` say beside their weights; names of it."""
-    folder, named = file.path.parent, []
-    for path in (folder / "preprocessor_config.json", folder / "config.json", file.path.with_suffix(".json")):
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            facts |= (facts.get("pretrained_cfg") or {}) | (facts.get("model_args") or {})
-            scale = 255 * (facts.get("rescale_factor") or 1 / 255)
-            names = facts.get("id2label") or {}
-            file.labels = [names[i] for i in sorted(names, key=int)] or file.labels
-        except (OSError, ValueError, TypeError, AttributeError):
-            continue
-        _check_told(path, facts.get("global_pool"), facts.get("act_layer", facts.get("hidden_act")))
-        pixels = [facts.get(f"image_{word}", facts.get(word)) for word in ("mean", "std")]
-        pixels = pixels if facts.get("do_normalize", True) else [[0.0] * 3, [1.0] * 3]
-        if all(isinstance(part, list) and len(part) == 3 for part in pixels):
-            file.normalize = tuple([value / scale for value in part] for part in pixels)
-        heads = facts.get("num_heads", facts.get("num_attention_heads"))
-        file.heads = heads if isinstance(heads, int) else file.heads
-        config, classes = facts.get("model"), facts.get("classes")
-        if isinstance(config, dict) and "model_type" in config and isinstance(classes, list):  # by eval.py --export
-            file.own, file.heads = dict(config=config, classes=classes, args=facts), config.get("heads")
-        named += [facts[word] for word in ("architecture", "model_type") if isinstance(facts.get(word), str)]
-    return named
+def _take_facts(file: WeightFile, path: Path, facts: dict) -> list[str]:
+    """Take what `path` says of a model in words of timm, Hugging Face or `eval.py --export`; names of that model."""
+    for part in ("pretrained_cfg", "model_args", "model_kwargs"):
+        facts = facts | facts[part] if isinstance(facts.get(part), dict) else facts
+    pooling = facts.get("global_pool") or facts.get("gp") or "token"
+    refuse(pooling != "token", f"{path}: pooled by {pooling!r}, which no model here does")
+    activation = facts.get("act_layer") or facts.get("hidden_act") or "gelu"
+    refuse(activation != "gelu", f"{path}: activation {activation!r}, where models here have GELU")
+    pixels = [facts.get(f"image_{word}", facts.get(word)) for word in ("mean", "std")]
+    pixels = pixels if facts.get("do_normalize", True) else [[0.0], [1.0]]
+    if all(isinstance(part, (list, tuple)) and len(part) in (1, 3) for part in pixels):
+        scale = 255 * (facts.get("rescale_factor") or 1 / 255)
+        file.normalize = tuple([value / scale for value in part] * (3 // len(part)) for part in pixels)
+    file.heads = facts.get("num_heads") or facts.get("num_attention_heads") or file.heads
+    if names := facts.get("id2label"):
+        file.labels = [names[i] for i in sorted(names, key=int)]
+    config, classes = facts.get("model"), facts.get("classes")
+    if isinstance(config, dict) and "model_type" in config and isinstance(classes, list):  # by eval.py --export
+        file.own, file.heads = dict(config=config, classes=classes, args=facts), config.get("heads")
+    named = (facts.get(word) for word in ("architecture", "arch", "model_type", "model"))
+    return [name for name in named if isinstance(name, str)]
 
 
 def _join_qkv(state: State) -> State:
