@@ -8,6 +8,8 @@ import re
 import shlex
 from collections.abc import Container
 
+from utils.weight_names import AVERAGED, PLAIN
+
 # The same there and here, under another name: understood.
 ALIASES = {
     "--model": "--model_type", "--arch": "--model_type", "-a": "--model_type",
@@ -22,20 +24,22 @@ ALIASES = {
     "--log_interval": "--log_every", "--grad_checkpointing": "--grad_checkpoint",
 }  # fmt: skip
 
-# Names of models: the type here, image size, patch size; and the recipe that trains it as published there.
+# Names of models: the type here, image size, patch size if it is not the type's; and the recipe that trains it as
+# published there.
 MODELS = {
-    "dems_tiny": ("DEMS-Ti", 32, 2, "dems_ti_cifar10"),
-    "dems_small": ("DEMS-S", 32, 2, "dems_s_cifar10"),
-    "dems_tiny_patch2_32": ("DEMS-Ti", 32, 2, "dems_ti_multiscale"),
-    "mvit2_tiny_patch2": ("MViT-Ti", 32, 2, "mvit_ti_multiscale"),
-    "vit_base_r50_s16_224": ("R50-ViT-B_16", 224, 16, None),
-    "vit_base_r50_s16_384": ("R50-ViT-B_16", 384, 16, None),
+    "dems_tiny": ("DEMS-Ti", 32, None, "dems_ti_cifar10"),
+    "dems_small": ("DEMS-S", 32, None, "dems_s_cifar10"),
+    "dems_tiny_patch2_32": ("DEMS-Ti", 32, None, "dems_ti_multiscale"),
+    "mvit2_tiny_patch2": ("MViT-Ti", 32, None, "mvit_ti_multiscale"),
+    "vit_base_r50_s16_224": ("R50-ViT-B_16", 224, None, None),
+    "vit_base_r50_s16_384": ("R50-ViT-B_16", 384, None, None),
 }
 TIMM = re.compile(r"(?:vit|deit3?)_(tiny|small|base|large|huge)_patch(\d+)_(\d+)(?:[._].*)?")  # tags name the weights
 PRETRAINED_VIT = re.compile(r"([BL]_(?:16|32))(_imagenet1k)?")
 DATASETS = {"IN1K": "imagefolder", "IN100": "imagefolder", "Folder": "imagefolder"}
 AUGS = {"rand-m9-mstd0.5-inc1": "strong", "": "weak", "none": "weak"}  # --aa
 
+PROCESSES = "torchrun starts them"
 # Not the same: the words to type instead, with the value in {}, and why. What needs no flag has no words.
 ROWS = [
     ("--num_classes --nb_classes --n_classes", "", "comes from the data"),
@@ -48,6 +52,7 @@ ROWS = [
     ("--accum_iter --grad_accum_steps", "--gradient_accumulation_steps {}", "parts of --train_batch_size"),
     ("--pin_mem --no_pin_mem --pin_memory --use_cuda --cuda --vit --sync_bn", "", "done without a flag"),
     ("--dist_url --dist_backend --init_method --distributed --world_size --rank", "", "torchrun says it"),
+    ("--gpus --ngpus --num_gpus --devices --nproc_per_node", "", PROCESSES),
     ("--no_cuda --cpu", "--device cpu", ""),
     ("--remode --recount --resplit --mixup_mode", "", "as there by default"),
     ("--log_wandb --wandb --tensorboard", "", "TensorBoard's files are in logs/"),
@@ -71,36 +76,34 @@ ROWS = [
     ("build_transform.std", "--std {}", ""),
 ]
 ANSWERS = {flag: (use, why) for flags, use, why in ROWS for flag in flags.split()}
-KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "teacher")  # where weights are looked for by themselves
-PROCESSES = ("--gpus", "--ngpus", "--num_gpus", "--devices", "--nproc_per_node")
 OF_MODELS = ("--model_type", "--pretrained_dir", "--img_size", "--patch_size", "--mean", "--std")  # for eval.py to tell
 
 
-def spelled(flag: str) -> str:
-    """A flag with the underscores that flags have here."""
-    return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
-
-
-def model(name: str) -> tuple[str, int, int, str | None] | None:
-    """Type, image size, patch size and recipe of another project's model name; None where it is none that is here."""
+def model(name: str) -> tuple[str, int, int | None, str | None] | None:
+    """What a row of MODELS has, for another project's model name; None where it is none that is here."""
     if found := MODELS.get(name.lower()):
         return found
     if found := TIMM.fullmatch(name.lower()):
         size = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}[found[1]]
         own = "14" if size == "H" else found[2] if size in "BL" and found[2] == "32" else "16"
-        return f"ViT-{size}_{own}", int(found[3]), int(found[2]), None
+        return f"ViT-{size}_{own}", int(found[3]), None if found[2] == own else int(found[2]), None
     if found := PRETRAINED_VIT.fullmatch(name):
-        return f"ViT-{found[1]}", 384 if found[2] else 224, int(found[1][2:]), None
+        return f"ViT-{found[1]}", 384 if found[2] else 224, None, None
     return None
 
 
-def split(words: list[str]) -> list[tuple[str, list[str], list[str]]]:
-    """Words of a command line as (flag, its values, the words themselves); '' where no flag is in front."""
+def split(words: list[str], flags: Container[str] = ()) -> list[tuple[str, list[str], list[str]]]:
+    """Words of a command line as (flag, its values, the words themselves); '' where no flag is in front.
+
+    Flags have underscores, and those that are `flags` under another name have the name here, in the words, too.
+    """
     groups = []
     for word in words:
-        flag, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
-        if re.match(r"-[^\d.\s]", word) and " " not in flag:
-            groups.append((spelled(flag), [value] if equals else [], [word]))
+        typed, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        if re.match(r"-[^\d.\s]", word) and " " not in typed:
+            flag = "--" + typed[2:].replace("-", "_") if typed.startswith("--") else typed
+            flag = ALIASES[flag] if ALIASES.get(flag) in flags else flag
+            groups.append((flag, [value] if equals else [], [flag + equals + value if flag in flags else word]))
         elif word.startswith("@") or not groups or groups[-1][0] == "":
             groups.append(("", [word], [word]))
         else:
@@ -114,25 +117,16 @@ def understood(words: list[str], flags: Container[str]) -> tuple[list[str], str 
 
     Returns the words, and the recipe that trains the model as its project does, if there is one.
     """
-    front, rest, recipe = {}, [], None
-    for flag, values, raw in split(words):
-        name = ALIASES[flag] if ALIASES.get(flag) in flags else flag
-        found = model(values[0]) if name == "--model_type" and len(values) == 1 else None
-        if found:
-            kind, image, patch, recipe = found
-            front["--img_size"] = str(image)
-            if not kind.endswith((f"_{patch}", "-Ti", "-S")):
-                front["--patch_size"] = str(patch)
-            raw = [name, kind]
-        elif flag == "--checkpoint_key":  # answers() has refused what isn't found without it
-            raw = []
-        elif name in flags and not raw[0].startswith(name):
-            raw = [raw[0].replace(raw[0].partition("=")[0], name, 1), *raw[1:]]
-        if flag == "--data_location":  # ImageNet's folder, unless --data_set says otherwise
-            front["--dataset"] = "imagefolder"
-        rest += raw
+    sizes, rest, recipe = {}, [], None
+    for flag, values, raw in split(words, flags):
+        if flag == "--model_type" and len(values) == 1 and (found := model(values[0])):
+            kind, sizes["--img_size"], sizes["--patch_size"], recipe = found
+            raw = [flag, kind]
+        if flag != "--checkpoint_key":  # answers() has refused what isn't found without it
+            rest += raw
     given = {flag for flag, _, _ in split(rest)}
-    return [word for flag, value in front.items() if flag not in given for word in (flag, value)] + rest, recipe
+    front = [word for flag, size in sizes.items() if size and flag not in given for word in (flag, str(size))]
+    return front + rest, recipe
 
 
 def answers(words: list[str], flags: Container[str]) -> tuple[list[str], list[str], str]:
@@ -141,20 +135,17 @@ def answers(words: list[str], flags: Container[str]) -> tuple[list[str], list[st
     Returns the words here, what to say of each one that changed, and what runs the script.
     """
     here, said, launch = [], [], "python"
-    for flag, values, raw in split(words):
+    for flag, values, raw in split(words, flags):
         text, value = f"{flag} {' '.join(values)}".strip(), " ".join(values)
         found = [(text, value, ANSWERS.get(flag) if flag not in flags else None)]
-        if flag in PROCESSES:
-            launch = f"torchrun --nproc_per_node {value or 'N'}"
-            found = [(text, value, ("", "torchrun starts them"))]
-        elif flag == "--gin":
+        if flag == "--gin":
             settings = [each.partition("=")[::2] for each in values]
             found = [
                 (f"--gin {key}={value}", " ".join(re.findall(r"[\w.+-]+", value)), ANSWERS.get(key, ("", "not here")))
                 for key, value in settings
             ]
-        elif flag == "--checkpoint_key" and value not in KEYS:
-            found = [(text, value, ("", f"found by itself if it is one of {' '.join(KEYS)}"))]
+        elif flag == "--checkpoint_key" and value not in AVERAGED + PLAIN:
+            found = [(text, value, ("", f"found by itself if it is one of {' '.join(PLAIN + AVERAGED)}"))]
         for text, value, answer in found:
             if answer is None:
                 here += raw
@@ -162,6 +153,8 @@ def answers(words: list[str], flags: Container[str]) -> tuple[list[str], list[st
             use = answer[0].format(value)
             fixed = use and use == answer[0] and use.split()[0] in here  # the value that is typed counts
             use, why = (use, answer[1]) if not use or use.split()[0] in flags and not fixed else ("", "leave it out")
+            if why == PROCESSES:
+                launch = f"torchrun --nproc_per_node {value or 'N'}"
             said.append(f"{text} ({', '.join(filter(None, [use and f'use {use}', why]))})")
             here += shlex.split(use)
     return here, said, launch
@@ -177,11 +170,13 @@ def translate(script: str, words: list[str], flags: Container[str]) -> tuple[lis
     if script == "train.py" and words and not words[0].startswith(("-", "@")):  # as timm and torchvision take the data
         said = [f"{words[0]} (use --dataset imagefolder --data_dir {words[0]})"]
         words = ["--dataset", "imagefolder", "--data_dir", *words]
-    named = {ALIASES.get(flag, flag) for flag, _, _ in split(words)}
-    bare = script == "eval.py" and named & {"--model_type", "--pretrained_dir"}
+    named = {flag for flag, _, _ in split(words)}
+    bare = script == "eval.py" and {ALIASES.get(flag, flag) for flag in named} & {"--model_type", "--pretrained_dir"}
     if bare:
         script, said, flags = "train.py", ["bare weights are scored by train.py -v"], {*flags, *OF_MODELS}
         words = words if words[0].startswith(("-", "@")) else ["--pretrained_dir", *words]
+    if "--data_location" in named and not named & {"--dataset", "--data_set"}:
+        words = ["--dataset", "imagefolder", *words]  # ImageNet's folder
     here, more, launch = answers(words, flags)
     said += more
     here, recipe = understood(here, flags)
