@@ -454,7 +454,7 @@ def test_checkpoints(good, tmp_path, kind):
 
 
 EVAL = [
-    ("{bad}/none.bin", "none.bin: no such file"),
+    ("{bad}/none.bin", "none.bin: cannot be read (No such file or directory)"),
     ("{bad}", ": a folder; name the file in it"),
     ("{bad}/evil.pth", "evil.pth: refused"),
     ("{good} --images {bad}/none.png", "none.png: not a readable image (No such file"),

@@ -441,13 +441,13 @@ def test_what_is_no_file_of_weights(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     (tmp_path / "model.onnx").write_bytes(b"\x08\x0a")
     for name, expected in {
-        "script.pt": "a TorchScript archive; save its weights: torch.save(torch.jit.load('script.pt').state_dict()",
+        "script.pt": "it holds a TorchScript and could run code; if you trust it, save its weights alone",
         "model.pth": "refused, it holds a torch.nn.modules.linear.Linear and could run code; if you trust it",
         "lfs.pth": "a pointer of Git LFS, not the file itself",
         "page.npz": "a web page, not the file itself",
-        "model.safetensors.index.json": "weights in several files are not read",
-        "model.onnx": "model.onnx: .onnx is for other programs; take .bin, .pth, .npz or .safetensors",
-        "nothing.pth": "no such file",
+        "model.safetensors.index.json": "holds no weights that can be read here; take one file of .bin",
+        "model.onnx": "holds no weights that can be read here; take one file of .bin, .pth, .npz or .safetensors",
+        "nothing.pth": "cannot be read (No such file or directory)",
         ".": "a folder; name the file in it",
     }.items():
         assert expected in message(ours(), tmp_path / name)

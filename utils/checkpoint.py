@@ -21,7 +21,7 @@ import torch
 from utils.cli import UserError, refuse, refusing
 
 # Of files that other programs wrote; on stderr it would read as if something were wrong.
-warnings.filterwarnings("ignore", message="Detected pickle protocol")
+warnings.filterwarnings("ignore", message="Detected pickle protocol|'torch.load' received a zip file")
 
 
 # Plain values that other programs keep beside their weights; rebuilt by these, whatever class the file names.
@@ -40,16 +40,14 @@ PASSIVE = [
 def check_kind(path: Path) -> None:
     """UserError at what cannot be a file of weights, with what it is."""
     refuse(path.is_dir(), f"{path}: a folder; name the file in it, as model.safetensors")
-    refuse(not path.is_file(), f"{path}: no such file")
-    with refusing(f"{path}: cannot be read", "check who may read it", OSError), open(path, "rb") as file:
+    with refusing(f"{path}: cannot be read", "check its name, and who may read it", OSError), open(path, "rb") as file:
         start = file.read(512).lstrip()
     lfs = start.startswith(b"version https://git-lfs")
     refuse(lfs, f"{path}: a pointer of Git LFS, not the file itself; get that with git lfs pull")
     page = start[:20].lower().startswith((b"<!doctype", b"<html", b"<?xml"))
     refuse(page, f"{path}: a web page, not the file itself; download it again by its direct link")
-    refuse(path.suffix == ".json", f"{path}: JSON; weights in several files are not read, save them as one first")
-    others = path.suffix in (".pt2", ".onnx", ".h5", ".msgpack")
-    refuse(others, f"{path}: {path.suffix} is for other programs; take .bin, .pth, .npz or .safetensors")
+    others = path.suffix in (".json", ".pt2", ".onnx", ".h5", ".msgpack")
+    refuse(others, f"{path}: holds no weights that can be read here; take one file of .bin, .pth, .npz or .safetensors")
 
 
 def read_file(path: str | os.PathLike):
@@ -62,21 +60,19 @@ def read_file(path: str | os.PathLike):
     with refusing(f"{path}: not a checkpoint, or damaged", "get it again"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-                save = f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
-                refuse(script, f"{path}: a TorchScript archive; save its weights: {save}")
                 if damaged := archive.testzip():  # torch itself takes a wrong weight for right
                     raise UserError(f"{path}: damaged, the checksum of {damaged} is wrong; copy or train it again")
         try:
             with torch.serialization.safe_globals(PASSIVE):
                 return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            refuse(not found, f"{path}: not a checkpoint, or damaged; get it again")
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            code = re.search(r"GLOBAL (\S+)|TorchScript", str(error))
+            if not code:
+                raise ValueError(str(error).partition(" In PyTorch")[0]) from None  # torch advises to load it unsafely
             save = f"m = torch.load({path.name!r}, weights_only=False); torch.save(m.state_dict(), 'weights.pth')"
             raise UserError(
-                f"{path}: refused, it holds a {found[1]} and could run code; if you trust it, save its weights alone, "
-                f"where that class is installed: {save} (m['model'] for m.state_dict() if m is a dict)"
+                f"{path}: refused, it holds a {code[1] or code[0]} and could run code; if you trust it, save its "
+                f"weights alone, where that class is installed: {save} (m['model'] for m.state_dict() if m is a dict)"
             ) from None
 
 
@@ -121,10 +117,8 @@ def save(path: str | os.PathLike, obj: dict, previous: str | os.PathLike | None 
                 os.replace(path, previous)
             os.replace(temporary, path)
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the names, too, outlast a power cut
-            finally:
-                os.close(folder)
+            os.fsync(folder)  # the names, too, outlast a power cut
+            os.close(folder)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()  # of a failure
