@@ -363,7 +363,7 @@ FILES = [
     ("--pretrained_dir {bad}/nan.npz", "nan.npz: cls_token has values that are not finite"),
     ("--pretrained_dir {bad}/int.pth", "int.pth: norm.weight is of torch.int64, the model's of torch.float32"),
     ("--pretrained_dir {bad}/complex.pth", "norm.weight is of torch.complex64"),
-    ("--pretrained_dir {bad}/sparse.pth", "blocks.0.mlp.fc1.weight is no dense tensor"),
+    ("--pretrained_dir {bad}/sparse.pth", "blocks.0.mlp.fc1.weight does not fit ("),
     ("--pretrained_dir {bad}/shape.pth", "norm.weight is (33,) in the file, (32,) in the model"),
     ("--pretrained_dir {bad}/pos.pth", "pos_embed is (2, 17, 32) in the file"),
     ("--pretrained_dir {bad}/nothing.pth", "nothing.pth: holds no weights"),

@@ -253,13 +253,11 @@ def _fit_positions(file: WeightFile, pos: torch.Tensor, rows: int, new: tuple[in
     elif count == rows or bare and count == rows - front:
         old = new
     else:
-        for extra in (front, 0) if bare else (front,):
-            side = math.isqrt(max(0, count - extra))
-            if side and side * side == count - extra:
-                old = (side, side)
-                break
-        else:
+        patches = [count - extra for extra in ((front, 0) if bare else (front,))]
+        sides = [math.isqrt(n) for n in patches if n > 0 and math.isqrt(n) ** 2 == n]
+        if not sides:
             raise ValueError(f"its {count} rows are no square grid{' and a class token' if front else ''}")
+        old = (sides[0], sides[0])
     missing = front + old[0] * old[1] - count
     pos = torch.cat([pos.new_zeros(1, missing, pos.shape[2]), pos], dim=1) if missing > 0 else pos
     return pos if old == new else resize_pos_embed(pos, old, new)
@@ -302,7 +300,6 @@ def _check_model(file: WeightFile, model: nn.Module) -> None:
 
 def _check_tensor(path: Path, name: str, value: torch.Tensor, target: torch.Tensor) -> None:
     """Refuse what does not belong where `target` is: other kinds of numbers, or values that are not finite."""
-    refuse(value.layout != torch.strided or value.is_meta, f"{path}: {name} is no dense tensor; save the weights again")
     if value.is_floating_point() != target.is_floating_point():
         raise UserError(f"{path}: {name} is of {value.dtype}, the model's of {target.dtype}; another kind of file?")
     if value.shape == target.shape and not value.to(target.dtype).isfinite().all():
@@ -313,19 +310,18 @@ def _check_names(
     file: WeightFile, state: State, target: State, model: nn.Module, keep_head: bool, exact: bool
 ) -> tuple[list[str], list[str]]:
     """Names that the file has beyond the model, and those that start anew; refuse what would compute something else."""
-    path, other, renewed = file.path, "another --model_type, --norm_type or kind of model?", set()
+    path, way_out = file.path, "another --model_type, --norm_type or kind of model?"
     norms = {name for name in {*state, *target} if re.search(weight_names.NORMS, name)}
-    differ = [name for name in norms if name not in target or name not in state and ".running_" in name]
-    if differ and not exact:  # all of them, as BN's and GN's have names in common
-        renewed = norms
+    others = any(name not in target or name not in state and ".running_" in name for name in norms)
+    renewed = norms if others and not exact else set()  # all of them, as BN's and GN's have names in common
     left = [name for name in state if name not in target or name in renewed]
     missing = [name for name in target if name not in state or name in renewed]
     harmless = weight_names.HARMLESS if exact else weight_names.HARMLESS + weight_names.HARMLESS_AT_FINE_TUNING
     harmless = harmless if keep_head else (*harmless, r"^head\.")  # that of a pretraining
     strange = [name for name in left if name not in renewed and not any(re.search(each, name) for each in harmless)]
-    refuse(strange, f"{path}: {_few(strange)}: no place for it in {type(model).__name__}; {other}")
+    refuse(strange, f"{path}: {_few(strange)}: no place for it in {type(model).__name__}; {way_out}")
     absent = [name for name in missing if name not in renewed and (exact or not name.startswith("head."))]
-    refuse(absent, f"{path}: lacks {_few(absent)}; {other}")
+    refuse(absent, f"{path}: lacks {_few(absent)}; {way_out}")
     head = target.get("head.weight")  # a head may be of several layers
     if exact and not keep_head and head is not None and state["head.weight"].shape[1:] == head.shape[1:]:
         raise UserError(f"{path}: its head is of {len(state['head.weight'])} classes, the data has {len(head)}")
@@ -360,10 +356,10 @@ def load_weights(
             continue
         value = state[name]
         fits = value.ndim == 3 and value.shape[::2] == tensor.shape[::2] and hasattr(model, "grid")
-        if name == "pos_embed" and fits and name not in fixed:  # as many rows may be another grid
-            with refusing(f"{path}: pos_embed does not fit", "another kind of file?"):
+        with refusing(f"{path}: {name} does not fit", "another kind of file?"):
+            if name == "pos_embed" and fits and name not in fixed:  # as many rows may be another grid
                 value = _fit_positions(file, value, tensor.shape[1], model.grid, bare)
-        _check_tensor(path, name, value, tensor)
+            _check_tensor(path, name, value, tensor)
         if name in heads and not keep_head and not exact:
             report.reinitialised.append(name)
         elif value.shape == tensor.shape:
