@@ -455,7 +455,7 @@ def test_checkpoints(good, tmp_path, kind):
 
 EVAL = [
     ("{bad}/none.bin", "none.bin: cannot be read (No such file or directory)"),
-    ("{bad}", ": a folder; name the file in it"),
+    ("{bad}", ": cannot be read (Is a directory); name a file"),
     ("{bad}/evil.pth", "evil.pth: refused"),
     ("{good} --images {bad}/none.png", "none.png: not a readable image (No such file"),
     ("{good} --images {bad}/text", "text: not a readable image"),

@@ -443,12 +443,12 @@ def test_what_is_no_file_of_weights(tmp_path):
     for name, expected in {
         "script.pt": "it holds a TorchScript and could run code; if you trust it, save its weights alone",
         "model.pth": "refused, it holds a torch.nn.modules.linear.Linear and could run code; if you trust it",
-        "lfs.pth": "a pointer of Git LFS, not the file itself",
-        "page.npz": "a web page, not the file itself",
+        "lfs.pth": "a pointer of Git LFS or a web page, not the file;",
+        "page.npz": "a pointer of Git LFS or a web page, not the file;",
         "model.safetensors.index.json": "holds no weights that can be read here; take one file of .bin",
         "model.onnx": "holds no weights that can be read here; take one file of .bin, .pth, .npz or .safetensors",
-        "nothing.pth": "cannot be read (No such file or directory)",
-        ".": "a folder; name the file in it",
+        "nothing.pth": "cannot be read (No such file or directory); name a file that you may read",
+        ".": "cannot be read (Is a directory); name a file",
     }.items():
         assert expected in message(ours(), tmp_path / name)
 

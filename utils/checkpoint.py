@@ -39,13 +39,10 @@ PASSIVE = [
 
 def check_kind(path: Path) -> None:
     """UserError at what cannot be a file of weights, with what it is."""
-    refuse(path.is_dir(), f"{path}: a folder; name the file in it, as model.safetensors")
-    with refusing(f"{path}: cannot be read", "check its name, and who may read it", OSError), open(path, "rb") as file:
-        start = file.read(512).lstrip()
-    lfs = start.startswith(b"version https://git-lfs")
-    refuse(lfs, f"{path}: a pointer of Git LFS, not the file itself; get that with git lfs pull")
-    page = start[:20].lower().startswith((b"<!doctype", b"<html", b"<?xml"))
-    refuse(page, f"{path}: a web page, not the file itself; download it again by its direct link")
+    with refusing(f"{path}: cannot be read", "name a file that you may read", OSError), open(path, "rb") as file:
+        start = file.read(64).lstrip().lower()
+    other = start.startswith((b"version https://git-lfs", b"<!doctype", b"<html", b"<?xml"))
+    refuse(other, f"{path}: a pointer of Git LFS or a web page, not the file; git lfs pull, or download it again")
     others = path.suffix in (".json", ".pt2", ".onnx", ".h5", ".msgpack")
     refuse(others, f"{path}: holds no weights that can be read here; take one file of .bin, .pth, .npz or .safetensors")
 
