@@ -171,6 +171,12 @@ def test_norms_of_another_type_start_anew(tmp_path):
                 load_weights(model, tmp_path / "w.pth", exact=True)
 
 
+def test_norms_of_another_project_do_not(tmp_path):
+    """A plain BatchNorm has the names of LayerNorm, and statistics besides."""
+    torch.save(tiny().state_dict() | {"blocks.0.norm1.running_mean": torch.ones(32)}, tmp_path / "w.pth")
+    assert "blocks.0.norm1.running_mean: no place for it in ViT" in message(load_weights, tiny(), tmp_path / "w.pth")
+
+
 def test_a_head_of_several_layers_starts_anew_as_it_was_made(tmp_path):
     """At zero, its hidden layers would stay there."""
 

@@ -125,7 +125,7 @@ PLAIN = ("model", "state_dict", "model_state_dict", "student", "net", "weights",
 
 # LayerScale (arXiv 2103.17239) of a block's attention (1) and MLP (2), in timm, DINOv2 and Hugging Face; in DeiT-III.
 LAYER_SCALE = r"^(blocks\.\d+)\.(?:ls([12])\.(?:gamma|lambda1)|gamma_([12]))$"
-NORMS = r"^(?:blocks\.\d+\.)?(?:norm[12]?|bias[12])\.|^blocks\.\d+\.scale$"  # what --norm_type exchanges
+NORMS = r"^(?:blocks\.\d+\.)?(?:norm[12]?|bias[12])\.(?!running_)|^blocks\.\d+\.scale$"  # what --norm_type exchanges
 
 # Tensors that change nothing of what a model computes.
 HARMLESS = (
