@@ -207,7 +207,7 @@ class Mix:
 
     Args:
         num_classes: length of the targets.
-        mixup, cutmix: both parameters of the Beta distribution of an image's own share; 0 turns that kind off.
+        mixup, cutmix: both parameters of the Beta distribution of an image's own share; 0 turns one of them off.
         prob, switch_prob: of mixing a batch at all; of cutmix, where both are on.
 
     Targets are not smoothed: the loss does that, which is the same.
@@ -216,8 +216,6 @@ class Mix:
     def __init__(
         self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, prob: float = 1.0, switch_prob: float = 0.5
     ):
-        if not mixup and not cutmix:
-            raise ValueError("mixup and cutmix are both 0, there is nothing to mix by")
         self.num_classes, self.mixup, self.cutmix = num_classes, mixup, cutmix
         self.prob, self.switch_prob = prob, switch_prob
 
@@ -241,12 +239,7 @@ class Mix:
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, share: float, box: tuple[int, int, int, int] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (b, c, h, w) and labels (b,) mixed as drawn, and targets (b, num_classes) float32 that sum to 1.
-
-        ValueError at an odd number of images.
-        """
-        if len(images) % 2:
-            raise ValueError(f"{len(images)} images don't make pairs; each process and pass needs an even number")
+        """An even number of images (b, c, h, w) and labels (b,) mixed as drawn; targets (b, num_classes) sum to 1."""
         targets = F.one_hot(labels, self.num_classes).float()
         targets = torch.lerp(_neighbours(targets), targets, share)
         if box:

@@ -85,7 +85,6 @@ def cubic_weights(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def weighted_sum(pixels: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum of pixels[k] * weights[k]."""
     (first, weight), *others = zip(pixels, weights, strict=True)
     out = first * weight
     for each, weight in others:
@@ -93,14 +92,10 @@ def weighted_sum(pixels: Iterable[torch.Tensor], weights: Iterable[torch.Tensor]
     return out
 
 
-def as_levels(x: torch.Tensor) -> torch.Tensor:
-    """uint8; fractions are cut off as Pillow does, but not what float32 left just below a level."""
-    return levels(x.add_(1e-3).clamp_(0, 255))
-
-
-def filled(images: torch.Tensor, inside: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """The image where `inside`, (n, h, w), and the colour `fill` elsewhere."""
+def filled(x: torch.Tensor, inside: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """The image in uint8 where `inside`, (n, h, w), and the colour `fill` elsewhere."""
     inside = inside[:, None]
+    images = levels(x.add_(1e-3).clamp_(0, 255))  # cut off as in Pillow, but not what float32 left just below a level
     return images * inside + fill[:, None, None] * ~inside
 
 
@@ -115,7 +110,7 @@ def slide(images: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, fill:
     out = weighted_sum((taken[..., k : k + w] for k in range(4)), cubic_weights((moved - whole)[:, None, :, None]))
     place = column[1:-2] + 0.5 + moved[..., None]
     inside = (place >= 0) & (place < w)
-    return filled(as_levels(out), inside, fill)
+    return filled(out, inside, fill)
 
 
 def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
@@ -138,7 +133,7 @@ def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> t
     rows = (padded[..., i * (s + 4) :] for i in range(4))
     lines = (weighted_sum((row[..., j:].gather(2, first) for j in range(4)), across) for row in rows)
     out = weighted_sum(lines, down)
-    return filled(as_levels(out).view_as(images), inside, fill)
+    return filled(out.view_as(images), inside, fill)
 
 
 PLACE = {
