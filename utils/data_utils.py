@@ -6,11 +6,12 @@ through worker processes. Order and augmentation are functions of (seed, step), 
 
 import math
 import os
+import shutil
 import signal
 import sys
-from collections import deque
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import tee
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from utils.dist_util import SIGNALS, waiting
 from utils.image_sources import MEND, Files, Ragged, Uniform, read_image
 
 PART = 2**24  # bytes of a part of a batch of many sizes
+_print_once = lru_cache(partial(print, file=sys.stderr))
 
 
 @lru_cache(maxsize=4)
@@ -105,17 +107,10 @@ def _augmented(source: Uniform | Ragged, ids: torch.Tensor, params: dict, augmen
 
 def _fits_shared_memory(needed: int) -> bool:
     """Whether workers can hand on so many bytes through /dev/shm, which containers have little of; else a line."""
-    info = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
-    if info is None or info.f_bavail * info.f_frsize >= needed:
-        return True
-    size = info.f_blocks * info.f_frsize / 2**20
-    _say_once(f"/dev/shm has {size:.0f} MB, too few for batches; they go through pipes")
-    return False
-
-
-@lru_cache
-def _say_once(text: str) -> None:
-    print(text, file=sys.stderr)
+    if os.path.isdir("/dev/shm") and (memory := shutil.disk_usage("/dev/shm")).free < needed:
+        _print_once(f"/dev/shm has {memory.total / 2**20:.0f} MB, too few for batches; they go through pipes")
+        return False
+    return True
 
 
 def _leave_group(worker: int) -> None:
@@ -140,21 +135,14 @@ def _start_workers(loader: DataLoader) -> Iterator:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _load(
+def _streamed(
     data: ImageSet, plan: Iterator, augment: Augment, device: torch.device, num_workers: int, batch_size: int
 ) -> Iterator:
-    """Turn a plan of (index, parameters) for `batch_size` images into batches (images, labels) on the device."""
-    if not isinstance(data.source, Files):
-        for index, params in plan:
-            images = _augmented(data.source, data.ids[index], params, augment)
-            yield images, data.labels[index].to(device, non_blocking=True)
-        return
-
-    planned = deque()  # the loader asks for batches ahead of time; what it asked for waits here
+    """A plan, see `_load`, with the images of each batch, decoded and cut by workers: their source and ids in it."""
+    plan, ahead = tee(plan)  # the loader asks for batches ahead of time
 
     def requests():
-        for index, params in plan:
-            planned.append((index, params))
+        for index, params in ahead:
             boxes = params["box"].tolist() if "box" in params else [None] * len(index)
             goals = params["window"][:, 2:].tolist() if "window" in params else [[augment.size] * 2] * len(index)
             yield list(zip(data.ids[index].tolist(), boxes, goals, strict=True))
@@ -168,21 +156,26 @@ def _load(
         collate_fn=_as_it_is,
     )  # fmt: skip
     loading = _start_workers(loader)
-    while True:
+    for index, params in plan:
         with waiting():
-            loaded = next(loading, None)
-        if loaded is None:
-            return
+            loaded = next(loading)
         if isinstance(loaded, str):
             way_out = "bring it back as it was, and the same command goes on from the last save"
             raise UserError(loaded.removesuffix(MEND) + way_out, on_this_process=True)
         pixels, shapes, boxes = map(torch.as_tensor, loaded)
-        index, params = planned.popleft()
         if "box" in params:  # cut already
             params["box"] = torch.cat([torch.zeros_like(boxes), boxes], dim=1)
-        batch = Ragged(pixels.to(device, non_blocking=True), shapes)
-        images = _augmented(batch, torch.arange(len(index)), params, augment)
-        yield images, data.labels[index].to(device, non_blocking=True)
+        yield index, params, Ragged(pixels.to(device, non_blocking=True), shapes), torch.arange(len(index))
+
+
+def _load(data: ImageSet, plan: Iterator, augment: Augment, device: torch.device, **streaming) -> Iterator:
+    """Turn a plan of (index, parameters) into batches (images, labels) on the device."""
+    if isinstance(data.source, Files):
+        batches = _streamed(data, plan, augment, device, **streaming)
+    else:
+        batches = ((index, params, data.source, data.ids[index]) for index, params in plan)
+    for index, params, source, ids in batches:
+        yield _augmented(source, ids, params, augment), data.labels[index].to(device, non_blocking=True)
 
 
 @lru_cache
@@ -244,7 +237,7 @@ def train_batches(
             generator = seeds.generator(seed, seeds.MIX, start + i // accumulation)
             yield mix(images, labels, *mix.draw((augment.size, augment.size), generator))
 
-    batches = _load(data, plan(), augment, device, num_workers, share // accumulation)
+    batches = _load(data, plan(), augment, device, num_workers=num_workers, batch_size=share // accumulation)
     return _ahead(mixed(batches) if mix else batches, device)
 
 
@@ -260,4 +253,4 @@ def eval_batches(
             if len(index):  # there may be more processes than images
                 yield index, augment.draw(sizes[index])
 
-    return _ahead(_load(data, plan(), augment, device, num_workers, batch_size), device)
+    return _ahead(_load(data, plan(), augment, device, num_workers=num_workers, batch_size=batch_size), device)
