@@ -404,8 +404,8 @@ FILES = [
     ("--dataset fashionmnist --data_dir {bad}/idx_cut", "train-images-idx3-ubyte.gz: no IDX file, or damaged"),
     ("--dataset fashionmnist --data_dir {bad}/idx_text", "train-images-idx3-ubyte: no IDX file, or damaged"),
     ("--dataset fashionmnist --data_dir {bad}/idx_range", "7, 8, 9, 10], 10 classes"),
-    ("--dataset fashionmnist --data_dir {bad}/idx_legacy", "files are missing"),
-    ("--dataset fashionmnist --data_dir {bad}/idx_mixed", "images and labels are mixed up"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_legacy", "-ubyte.gz: no IDX file, or damaged (No such file"),
+    ("--dataset fashionmnist --data_dir {bad}/idx_mixed", "train images are torch.uint8 (10000, 1), not"),
 ]  # fmt: skip
 
 

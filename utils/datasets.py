@@ -23,7 +23,7 @@ import torchvision
 
 from utils import seeds
 from utils.augment import short_side
-from utils.cli import UserError, refuse, refusing
+from utils.cli import refuse, refusing
 from utils.device import memory_limit as memory_limit_of
 from utils.image_folder import check_known, class_folders, hold_out, nfc, refuse_broken
 from utils.image_sources import Files, Ragged, Uniform, load_files
@@ -99,11 +99,8 @@ def cifar(root: Path, cls: str, **fetch) -> tuple[dict, list[str]]:
     """CIFAR-10 or -100 by torchvision's class, which compares the files' MD5 sums."""
     cls, splits = getattr(torchvision.datasets, cls), {}
     for split in ("train", "test"):
-        try:
-            part = cls(str(root), train=split == "train")
-        except Exception:  # missing, damaged or of other sums
-            part = _download(cls, root, train=split == "train", **fetch)
-        splits[split] = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+        part = _download(cls, root, train=split == "train", **fetch)
+        splits[split] = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), part.targets
     return splits, part.classes
 
 
@@ -146,7 +143,7 @@ def caltech101(root: Path, folder: str, **fetch) -> tuple[dict, list[str]]:
 
 def _read_idx(path: Path) -> torch.Tensor:
     """An IDX file of bytes, also gzipped (yann.lecun.com's MNIST format): labels (n,), or images (n, 28, 28)."""
-    with refusing(f"{path}: no IDX file, or damaged", "remove it to download it again"):
+    with refusing(f"{path}: no IDX file, or damaged", "get it again"):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             data = bytearray(file.read())
         ndim = data[3]
@@ -159,23 +156,18 @@ def _read_idx(path: Path) -> torch.Tensor:
 def _idx_set(folder: Path, prefixes: tuple[str, str], fetch: Callable[[], None]) -> dict:
     """Splits from PREFIX-images-idx3-ubyte[.gz] and PREFIX-labels-idx1-ubyte[.gz]; `fetch()` brings missing ones."""
 
-    def find() -> list[Path]:
-        names = [f"{prefix}-{kind}-ubyte" for prefix in prefixes for kind in ("images-idx3", "labels-idx1")]
-        found = [[path for path in (folder / name, folder / f"{name}.gz") if path.is_file()] for name in names]
-        return [paths[0] for paths in found if paths]
+    def files() -> list[Path]:
+        paths = [folder / f"{prefix}-{kind}-ubyte" for prefix in prefixes for kind in ("images-idx3", "labels-idx1")]
+        return [path if path.is_file() else path.with_suffix(".gz") for path in paths]
 
-    if len(find()) < 4:
+    if not all(path.is_file() for path in files()):
         fetch()
-    if len(found := find()) < 4:  # torchvision may find other files of the set, and leave it at that
-        raise UserError(f"{folder}: files are missing; get them again")
-    arrays = [_read_idx(path) for path in found]
-    mixed_up = [array.ndim for array in arrays] != [3, 1, 3, 1]
-    refuse(mixed_up, f"{folder}: images and labels are mixed up; get them again")
-    return {"train": (arrays[0][:, None], arrays[1]), "test": (arrays[2][:, None], arrays[3])}
+    images, labels, test_images, test_labels = map(_read_idx, files())
+    return {"train": (images[:, None], labels), "test": (test_images[:, None], test_labels)}
 
 
 def _download(cls: type, root: Path, file: str, folder: str, url: str, **words):
-    """Let torchvision download (or unpack) a data set, with its checksums and its bar, and return it.
+    """A data set of torchvision's, which downloads or unpacks what isn't there, with its checksums and its bar.
 
     Without network, a user puts `file` from `url` into `folder`.
     """
@@ -261,11 +253,17 @@ def _read(dataset: str, root: Path, **flags) -> tuple[dict, list[str], list[str]
     read = words.pop("read")
     words |= {name: value for name, value in flags.items() if name in words}
     splits, found, *notes = (pkgutil.resolve_name(read) if isinstance(read, str) else read)(root, **words)
-    splits = {name: (images, torch.as_tensor(labels).long()) for name, (images, labels) in splits.items()}
     for name, (images, labels) in splits.items():
-        n, few = len(images), labels.unique().tolist()
-        wrong = n != len(labels) or not {*few} <= {*range(len(found))}  # a split to be left out may be empty
+        n, labels = len(images), torch.as_tensor(labels).long()
+        few = labels.unique().tolist()  # none in a split that is to be left out
+        wrong = labels.shape != (n,) or not {*few} <= {*range(len(found))}
         refuse(wrong, f"{dataset} in {root}: {n} {name} images with labels {few[:20]}, {len(found)} classes")
+        if isinstance(images, (torch.Tensor, np.ndarray)):
+            images = torch.as_tensor(images)
+            fine = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
+            kind = f"{images.dtype} {tuple(images.shape)}, not torch.uint8 (n, 1 or 3, h, w)"
+            refuse(not fine, f"{dataset} in {root}: {name} images are {kind}")
+        splits[name] = images, labels
     return splits, found, notes[0] if notes else []
 
 
@@ -283,10 +281,7 @@ def _image_sets(
     """The splits; why those of their files that can't be read, which are left out, can't; and lines for the log."""
     sets, broken, notes = {}, {}, []
     for name, (images, labels) in splits.items():
-        if isinstance(images, (torch.Tensor, np.ndarray)):
-            images = torch.as_tensor(images)
-            fine = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
-            refuse(not fine, f"images are {images.dtype} {tuple(images.shape)}, not torch.uint8 (n, 1 or 3, h, w)")
+        if isinstance(images, torch.Tensor):
             sets[name] = ImageSet(Uniform(images), torch.arange(len(labels)), labels)
             continue
         source, reasons, line = load_files(images, root, places[name], memory_limit, short_side)
