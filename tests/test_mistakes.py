@@ -389,7 +389,7 @@ FILES = [
     ("--dataset imagefolder --data_dir {bad}/no_test", "too few images a class to test on 0.2 of them"),
     ("--dataset imagefolder --data_dir {bad}/no_train", "has no train/; it holds test"),
     ("--dataset imagefolder --data_dir {bad}/empty_train", "no class folders in it"),
-    ("--dataset imagefolder --data_dir {bad}/level", "move the classes into train/"),
+    ("--dataset imagefolder --data_dir {bad}/level", "has no train/; it holds test/"),
     ("--dataset imagefolder --data_dir {bad}/one_class", "only one class, cat"),
     ("--dataset imagefolder --data_dir {bad}/empty_class", "eel: no images in it (it is empty)"),
     ("--dataset imagefolder --data_dir {bad}/strange_class", r"a\x1b[2J: the name of a class must be printable"),

@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from hashlib import sha256
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 from utils.cli import UserError, refuse, refusing
 
 SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test")
 NO_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows the name alone, or calls another program
-LAYOUTS = "it holds CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg"
 
 
 @lru_cache
@@ -64,18 +63,14 @@ def files_in(folder: str | os.PathLike, above: tuple = ()) -> Iterator[str]:
             yield entry.path
 
 
-def holds_images(root: str | os.PathLike) -> bool:
-    """Whether there are images among a folder's first files, apart from those of a named data set."""
-    with contextlib.suppress(UserError, OSError):
-        files = (file for file in islice(files_in(root), 10_000) if "caltech101" not in Path(file).parts)
-        return any(map(is_image, files))
-    return False
-
-
 def choose_dataset(dataset: str | None, data_dir: str | None, labels: str | None) -> str | None:
-    """The --dataset that is meant where it isn't given: a data folder that holds images is an image folder."""
-    if dataset is None and (labels or (data_dir and os.path.isdir(data_dir) and holds_images(data_dir))):
+    """The --dataset that is meant where it isn't given: imagefolder, if there are images but for a named set's."""
+    if dataset is None and labels:
         return "imagefolder"
+    if dataset is None and data_dir:
+        with contextlib.suppress(UserError, OSError):
+            files = (file for file in islice(files_in(data_dir), 10_000) if "caltech101" not in Path(file).parts)
+            return "imagefolder" if any(map(is_image, files)) else None
     return dataset
 
 
@@ -115,7 +110,8 @@ def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str
             skipped.update(others)
             held = f"it holds {listed(others)}" if others else "it is empty"
             refuse(not found[name], f"{entry.path}: no images in it ({held}); add some, or remove the folder")
-    refuse(not found, f"{folder}: no class folders in it; images belong into {folder}/CLASS/")
+    way = f"images belong into {folder}/CLASS/, or --labels FILE.csv names the class of each"
+    refuse(not found, f"{folder}: no class folders in it; {way}")
     return dict(sorted(found.items())), skipped
 
 
@@ -135,24 +131,18 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
 
 def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str], list[str]]:
     """Paths and labels of each split that there is, the names of the classes, and lines for the log."""
-    refuse(not root.is_dir(), f"--data_dir {root}: no such folder; {LAYOUTS}")
+    layouts = "it holds CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg"
+    refuse(not root.is_dir(), f"--data_dir {root}: no such folder; {layouts}")
     if labels:
         return _from_table(root, Path(labels))
-    splits, others = _split_folders(root)
+    splits, unused = _split_folders(root)
     if not splits:
-        loose = [entry for entry in _visible(root) if entry.is_file() and is_image(entry)]
-        name = f"--data_dir {root}: {len(loose)} images without a class folder"
-        refuse(loose and not others, f"{name}; {LAYOUTS}, or name each one's class with --labels FILE.csv")
-        refuse(not others, f"--data_dir {root}: no images in it; {LAYOUTS}")
-        inner = root / others[0]
-        deeper = len(others) == 1 and sum(entry.is_dir() for entry in _visible(inner)) > 1
-        refuse(deeper, f"--data_dir {root}: only one class, {others[0]}; is --data_dir {inner} meant?")
-        splits, unused = {"train": root}, [f"{len(loose)} images outside of the class folders"] * bool(loose)
-    else:
-        unused = others
-        mixed = others and "train" not in splits
-        also = ", ".join(others[:5])
-        refuse(mixed, f"--data_dir {root}: holds {also} beside {min(splits.values())}; move the classes into train/")
+        if len(unused) == 1:
+            inner = root / unused[0]
+            deeper = sum(entry.is_dir() for entry in _visible(inner)) > 1
+            refuse(deeper, f"--data_dir {root}: only one class, {unused[0]}; is --data_dir {inner} meant?")
+        loose = sum(entry.is_file() and is_image(entry) for entry in _visible(root))
+        splits, unused = {"train": root}, [f"{loose} images outside of the class folders"] * bool(loose)
     sets, classes, skipped = {}, [], Counter()
     for split in sorted(splits, key="train val test".split().index):
         found, other = class_folders(splits[split])
@@ -205,12 +195,13 @@ def hold_out(names: list[str], labels: list[int], fraction: float, seed: int) ->
     at most.
     """
     digests = [sha256(f"{seed}\0{name}".encode(errors="surrogateescape")).digest() for name in names]
-    keys = list(zip(labels, digests, strict=True))
-    held = []
-    for _, group in groupby(sorted(range(len(keys)), key=keys.__getitem__), key=labels.__getitem__):
-        places = list(group)
-        held += places[: min(round(fraction * len(places)), len(places) - 1)]
-    return sorted(set(range(len(keys))) - set(held)), sorted(held)
+    by_class = {label: [] for label in labels}
+    for i in sorted(range(len(names)), key=digests.__getitem__):
+        by_class[labels[i]].append(i)
+    held = set()
+    for places in by_class.values():
+        held.update(places[: min(round(fraction * len(places)), len(places) - 1)])
+    return [i for i in range(len(names)) if i not in held], sorted(held)
 
 
 def refuse_broken(broken: dict[str, str], skip: bool) -> list[str]:
