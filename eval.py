@@ -44,7 +44,7 @@ from utils.cli import UserError, refuse, refusing
 from utils.datasets import ImageSet, data_words, load_data
 from utils.device import autocast, choose_device, keep_memory, memory_limit, usable_precision
 from utils.export import export
-from utils.image_folder import files_in, is_image, listed, not_read, other_files
+from utils.image_folder import NOT_READ, files_in, is_image, kinds
 from utils.image_sources import as_rgb, read_image
 from utils.vis_utils import cells
 
@@ -219,10 +219,10 @@ def predict_folder(run: Classifier, folders: list[str], args: Namespace, out: Pa
     """Classify all images in folders, and write predictions.csv: file, class, probability, runner-up."""
     found = [file for folder in folders for file in (files_in(folder) if os.path.isdir(folder) else [folder])]
     files = [file for file in found if is_image(file) or file in folders]
-    others = other_files(file for file in found if file not in folders)
-    refuse(not files, f"{folders[0]}: no images in it" + f" (it holds {listed(others)})" * bool(others))
+    others = kinds(file for file in found if not is_image(file) and file not in folders)
+    refuse(not files, f"{folders[0]}: no images in it" + f" (it holds {others})" * bool(others))
     if others:
-        print(not_read(others), file=sys.stderr)
+        print(f"{NOT_READ}: {others}", file=sys.stderr)
     unreadable, rows, path = [], [], out / "predictions.csv"
     for start in tqdm(range(0, len(files), 32), desc="classifying", unit=" x 32", disable=None, leave=False):
         readable, images = [], []

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from hashlib import sha256
-from itertools import islice
+from itertools import filterfalse, islice
 from pathlib import Path
 
 from utils.cli import UserError, refuse, refusing
 
 SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test")
 NO_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows the name alone, or calls another program
+NOT_READ = "Not read, as no image for this Pillow"
 
 
 @lru_cache
@@ -80,35 +81,27 @@ def check_known(where: Path | str, found: Iterable[str], classes: list[str]) -> 
         refuse(name not in classes, f"{where}: class {name!r} is not among {known}")
 
 
-def other_files(files: Iterable[str]) -> Counter:
-    """Files that are no images for this Pillow, counted by suffix."""
-    return Counter(suffix_of(file) or "without suffix" for file in files if not is_image(file))
+def kinds(files: Iterable[str]) -> str:
+    """How many files of each suffix, as '3 .txt, 1 .pdf', the most frequent first."""
+    counted = Counter(suffix_of(file) or "without suffix" for file in files)
+    return ", ".join(f"{n} {suffix}" for suffix, n in counted.most_common())
 
 
-def listed(kinds: Counter) -> str:
-    """'3 .txt, 1 .pdf', the most frequent first."""
-    return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-
-
-def not_read(kinds: Counter) -> str:
-    return f"Not read, as no image for this Pillow: {listed(kinds)}"
-
-
-def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str, list[str]], Counter]:
-    """Images of each class, by its name, of folder/CLASS/**/*.jpg and so on; and other files, counted by suffix.
+def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str, list[str]], list[str]]:
+    """Images of each class, by its name, of folder/CLASS/**/*.jpg and so on; and other files.
 
     UserError: none, or an empty class.
     """
-    found, skipped = {}, Counter()
+    found, skipped = {}, []
     for entry in _visible(folder):
         if entry.is_dir() and entry.name not in leave_out:
             name = nfc(entry.name)
             refuse(not name.isprintable(), f"{entry.path}: the name of a class must be printable text; rename it")
             files = list(files_in(entry.path))
             found.setdefault(name, []).extend(filter(is_image, files))
-            others = other_files(files)
-            skipped.update(others)
-            held = f"it holds {listed(others)}" if others else "it is empty"
+            others = list(filterfalse(is_image, files))
+            skipped += others
+            held = f"it holds {kinds(others)}" if others else "it is empty"
             refuse(not found[name], f"{entry.path}: no images in it ({held}); add some, or remove the folder")
     way = f"images belong into {folder}/CLASS/, or --labels FILE.csv names the class of each"
     refuse(not found, f"{folder}: no class folders in it; {way}")
@@ -143,15 +136,15 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
             refuse(deeper, f"--data_dir {root}: only one class, {unused[0]}; is --data_dir {inner} meant?")
         loose = sum(entry.is_file() and is_image(entry) for entry in _visible(root))
         splits, unused = {"train": root}, [f"{loose} images outside of the class folders"] * bool(loose)
-    sets, classes, skipped = {}, [], Counter()
+    sets, classes, skipped = {}, [], []
     for split in sorted(splits, key="train val test".split().index):
         found, other = class_folders(splits[split])
-        skipped.update(other)
+        skipped += other
         classes = classes or list(found)
         check_known(splits[split], found, classes)
         paths = [path for images in found.values() for path in images]
         sets[split] = paths, [classes.index(name) for name, images in found.items() for _ in images]
-    notes = [not_read(skipped)] * bool(skipped) + [f"Not used: {', '.join(unused)}"] * bool(unused)
+    notes = [f"{NOT_READ}: {kinds(skipped)}"] * bool(skipped) + [f"Not used: {', '.join(unused)}"] * bool(unused)
     return sets, classes, notes
 
 

@@ -4,9 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +113,7 @@ def _size(path: str) -> tuple[int, int]:
 
 
 def _map_with_bar(
-    function: Callable, paths: Sequence[str], places: Sequence[int], text: str
+    function: Callable, paths: Sequence[str], places: Collection[int], text: str
 ) -> tuple[list, dict[int, str]]:
     """`function(i)` for places i of the paths, in threads; and why it was a UserError, by the places where it was."""
     broken = {}
@@ -125,10 +124,10 @@ def _map_with_bar(
         except UserError as error:
             broken[i] = str(error).removeprefix(f"{paths[i]}: ").removesuffix(f"; {MEND}")
 
-    bar = dict(desc=text, unit=" images", disable=not sys.stderr.isatty(), leave=False, total=len(places))
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        return list(tqdm(pool.map(attempt, places), **bar)), dict(sorted(broken.items()))
+        bar = tqdm(pool.map(attempt, places), text, len(places), unit=" images", disable=None, leave=False)
+        return list(bar), dict(sorted(broken.items()))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no image that isn't begun
 
@@ -154,12 +153,11 @@ class Cache:
         for path in self.places:
             with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:  # damaged: made again
                 if str(file["fingerprint"]) == self.fingerprint:
-                    arrays = [file[name] for name in names]
-                    self._found(path)
-                    return arrays
+                    self.found(path)
+                    return [file[name] for name in names]
         return None
 
-    def _found(self, path: Path) -> None:
+    def found(self, path: Path) -> None:
         self.note = f"cache {path}, {path.stat().st_size / 2**20:.1f} MB"
 
     def write(self, **arrays) -> None:
@@ -170,9 +168,9 @@ class Cache:
                 with open(temporary, "wb") as file:
                     np.savez(file, fingerprint=self.fingerprint, **arrays)
                 os.replace(temporary, path)
-                first = self.places[0].parent
-                self._found(path)
-                self.note += f" ({first} cannot be written)" if path.parent != first else ""
+                self.found(path)
+                if path != self.places[0]:
+                    self.note += f" ({self.places[0].parent} cannot be written)"
                 return
             except OSError as error:
                 self.note = f"no cache ({error.strerror or error}), so images are decoded again next time"
@@ -190,20 +188,20 @@ def load_files(
     """
     cache = Cache(places, _fingerprint(paths, root, short_side))
     known = cache.read("sizes", "broken")
-    was = [place for place, _ in json.loads(str(known[1]))] if known else []
-    if len(_map_with_bar(lambda i: read_image(paths[i], short_side), paths, was, "checking")[1]) < len(was):
+    broken = dict(json.loads(str(known[1]))) if known else {}
+    if len(_map_with_bar(lambda i: read_image(paths[i], short_side), paths, broken, "checking")[1]) < len(broken):
         known = None  # one was mended, as by chmod, which leaves size and date as they are
     if known:
-        native, broken = torch.from_numpy(known[0]).long(), dict(json.loads(str(known[1])))
+        native = torch.from_numpy(known[0]).long()
     else:
         read, broken = _map_with_bar(lambda i: _size(paths[i]), paths, range(len(paths)), "reading sizes")
         native = torch.tensor([size or (0, 0) for size in read])
     sizes = torch.tensor([kept_size(*size, short_side) for size in native.tolist()])
     ends = (3 * sizes.prod(dim=1)).cumsum(0).tolist()
     in_memory = ends[-1] <= memory_limit
-    pixels = cache.read("pixels") if known and in_memory else None
-    if pixels:
-        pixels = torch.from_numpy(pixels[0])
+    kept = cache.read("pixels") if known and in_memory else None
+    if kept:
+        pixels = torch.from_numpy(kept[0])
     elif in_memory or not known:  # those to be streamed are decoded once, to know what is broken
         pixels = torch.empty(ends[-1] if in_memory else 0, dtype=torch.uint8)
 
@@ -215,10 +213,10 @@ def load_files(
 
         whole = [i for i in range(len(paths)) if i not in broken]
         broken |= _map_with_bar(decode, paths, whole, "decoding" if in_memory else "checking")[1]
-        kept = dict(pixels=pixels.numpy()) if in_memory else {}
-        cache.write(sizes=native.numpy().astype(np.int32), broken=json.dumps(list(broken.items())), **kept)
-    seen = native[[i for i in range(len(paths)) if i not in broken]]
-    note, size = describe_sizes(seen, short_side), f"{ends[-1] / 2**20:.1f} MB"
+        arrays = dict(pixels=pixels.numpy()) if in_memory else {}
+        cache.write(sizes=native.numpy().astype(np.int32), broken=json.dumps(list(broken.items())), **arrays)
+    note = describe_sizes(native[[i for i in range(len(paths)) if i not in broken]], short_side)
+    size = f"{ends[-1] / 2**20:.1f} MB"
     if not in_memory:
         limit = f"{memory_limit / 2**20:.1f} MB (--memory_limit)"
         note = f"{note}; streamed, as {size} are more than {limit}; {cache.note}"
