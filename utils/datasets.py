@@ -60,7 +60,7 @@ class ImageSet:
             stays, held = (torch.tensor(side, dtype=torch.int64) for side in sides)
         else:
             order = torch.randperm(len(self), generator=seeds.generator(seed, seeds.HOLD_OUT))
-            n = max(1, round(fraction * len(self)))
+            n = max(1, min(round(fraction * len(self)), len(self) - 1))
             stays, held = order[n:].sort().values, order[:n].sort().values
         return self.part(stays), self.part(held)
 
@@ -119,11 +119,9 @@ def emnist(root: Path, split: str, **fetch) -> tuple[dict, list[str]]:
     cls = torchvision.datasets.EMNIST
     prefixes = (f"emnist-{split}-train", f"emnist-{split}-test")
     splits = _idx_set(root / fetch["folder"], prefixes, lambda: _download(cls, root, split=split, **fetch))
-    splits = {name: (images.mT.contiguous(), labels) for name, (images, labels) in splits.items()}  # upright
-    classes = list(cls.classes_split_dict[split])
-    if split == "letters":  # its labels begin at 1
-        return {name: (images, labels - 1) for name, (images, labels) in splits.items()}, classes[1:]
-    return splits, classes
+    first = int(split == "letters")  # the label that its first class has
+    splits = {name: (images.mT.contiguous(), labels - first) for name, (images, labels) in splits.items()}
+    return splits, cls.classes_split_dict[split][first:]
 
 
 def caltech101(root: Path, folder: str, **fetch) -> tuple[dict, list[str]]:
@@ -238,11 +236,10 @@ def load_data(
         test, valid = valid, None
     if training is not None and val_fraction and valid is None:
         training, valid = training.hold_out(val_fraction, seed, root)
-        refuse(not len(training), f"--val_fraction {val_fraction} leaves no training images")
         refuse(not len(valid), f"--val_fraction {val_fraction} holds out no image; each class has too few")
-    parts = {name: part for name, part in (("train", training), ("val", valid), ("test", test)) if part}
-    notes.insert(0, describe_classes(parts, found))
-    files = {name: part.fingerprint(root, found) for name, part in parts.items()}
+    parts = {"train": training, "val": valid, "test": test}
+    files = {name: part.fingerprint(root, found) for name, part in parts.items() if part}
+    notes.insert(0, describe_classes(files, found))
     selected_on = "val" if valid else "test"
     return Data(training if train else None, valid or test, test, found, selected_on, notes, files, drawn)
 
@@ -300,14 +297,14 @@ def data_words(args: Namespace) -> dict:
     return words | dict(short_side=short_side(args), cache_dirs=[] if getattr(args, "no_cache", None) else places)
 
 
-def describe_classes(parts: dict[str, ImageSet], classes: list[str]) -> str:
+def describe_classes(files: dict[str, dict], classes: list[str]) -> str:
     """Images of each class in each split, for the log; of many classes the largest and the smallest."""
-    counts = torch.stack([part.labels.bincount(minlength=len(classes)) for part in parts.values()], dim=1)
-    order = counts.sum(dim=1).argsort(descending=True, stable=True).tolist()
-    shown = [f"{classes[i]} {'/'.join(map(str, counts[i].tolist()))}" for i in order]
+    counts = {name: [split[name][0] for split in files.values()] for name in classes}
+    order = sorted(classes, key=lambda name: -sum(counts[name]))
+    shown = [f"{name} {'/'.join(map(str, counts[name]))}" for name in order]
     if len(shown) > 20:
         shown = [*shown[:5], "...", *shown[-5:]]
-    return f"Images a class, {'/'.join(parts)}: {', '.join(shown)}"
+    return f"Images a class, {'/'.join(files)}: {', '.join(shown)}"
 
 
 def _cache_path(folder: str | os.PathLike | None, root: Path, dataset: str, split: str) -> Path:
