@@ -65,7 +65,7 @@ def files_in(folder: str | os.PathLike, above: tuple = ()) -> Iterator[str]:
 
 
 def choose_dataset(dataset: str | None, data_dir: str | None, labels: str | None) -> str | None:
-    """The --dataset that is meant where it isn't given: imagefolder, if there are images but for a named set's."""
+    """The --dataset that is meant where it isn't given: an image folder, where images lie that are no named set's."""
     if dataset is None and labels:
         return "imagefolder"
     if dataset is None and data_dir:
