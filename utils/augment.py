@@ -82,8 +82,6 @@ class Augment:
         device, dtype: of the result. bfloat16 resizes faster, to within 3 of 256 levels, 0.3 on average.
     """
 
-    NOISE = 2**20  # numbers in the table that erased boxes are filled from
-
     def __init__(
         self, size: int, mean: list[float], std: list[float], *, interpolation: str = "bilinear",
         scale: tuple[float, float] | None = None, flip: bool = False, pad: int = 0, rotation: float = 0.0,
@@ -98,7 +96,7 @@ class Augment:
         fill = [min(255, round(255 * value)) for value in mean]  # as timm's create_transform does
         self.fill = torch.tensor(fill, dtype=torch.uint8).to(device, non_blocking=True)
         if reprob:
-            count = max(self.NOISE, 4 * 3 * size**2)
+            count = max(2**20, 4 * 3 * size**2)
             noise = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device, dtype)
             self.noise = noise.unfold(0, 3 * size**2, 1)  # one image's noise from each place on, a view
         self.factor = [1 / (255 * s) for s in std]

@@ -131,11 +131,11 @@ def caltech101(root: Path, folder: str, **fetch) -> tuple[dict, list[str]]:
         _download(torchvision.datasets.Caltech101, root, folder=folder, **fetch)
     found, _ = class_folders(images, leave_out=["BACKGROUND_Google"])
     splits = {"train": ([], []), "test": ([], [])}
-    for label, paths in enumerate(found.values()):
-        for place, path in enumerate(paths):
-            split = splits["test" if place % 5 == 4 else "train"]
-            split[0].append(path)
-            split[1].append(label)
+    for label, files in enumerate(found.values()):
+        for place, path in enumerate(files):
+            paths, labels = splits["test" if place % 5 == 4 else "train"]
+            paths.append(path)
+            labels.append(label)
     return splits, list(found)
 
 
