@@ -99,23 +99,24 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=Help, fromfile_prefix_chars="@", **kwargs)
 
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        line = line.removeprefix("\ufeff")  # as Windows' editors begin a file
-        line = re.sub(r"""("[^"]*"|'[^']*')|(?<!\S)#.*""", r"\1", line)  # without comment; as in a shell, a#b is a word
-        return shlex.split(line)
-
     def _read_args_from_files(self, words: list[str]) -> list[str]:
-        words = [f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words]
-        recipes = [Path(word[1:]) for word in words if word.startswith("@")]
-        for path in (path for path in recipes if not path.is_file()):
-            near = ", ".join(sorted(map(str, path.parent.glob("*.args"))))
-            self.error(f"recipe {path}: no such file" + (f"; there are {near}" if near else ""))
-        try:
-            for path in recipes:
-                path.read_text()  # from Python 3.12 on, argparse takes what is no text
-            return super()._read_args_from_files(words)
-        except (ValueError, RecursionError) as error:  # no text, an unclosed quote, or a recipe that includes itself
-            self.error(f"recipe {' '.join(map(str, recipes))}: holds no flags as on the command line ({error})")
+        """Words with those of its file in the place of each `@recipe`; they may name recipes, too."""
+        read = []
+        for word in words:
+            if not word.startswith("@"):
+                read.append(word)
+                continue
+            path = Path(os.path.expanduser(word[1:]))
+            if not path.is_file():
+                near = ", ".join(sorted(map(str, path.parent.glob("*.args"))))
+                self.error(f"recipe {path}: no such file" + (f"; there are {near}" if near else ""))
+            try:
+                for line in path.read_text(encoding="utf-8-sig").splitlines():
+                    line = re.sub(r"""("[^"]*"|'[^']*')|(?<!\S)#.*""", r"\1", line)  # without comment; a#b is a word
+                    read += self._read_args_from_files(shlex.split(line))
+            except (ValueError, RecursionError) as error:  # no text, an open quote, or a recipe in itself
+                self.error(f"recipe {path}: holds no flags as on the command line ({error})")
+        return read
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -125,7 +126,6 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         if lone := [word for word in argv if any("\ud800" <= char <= "\udfff" for char in word)]:
             self.error(f"{lone[0]}: is not UTF-8; rename it")
-        recipes = [Path(word[1:]).expanduser() for word in argv if word.startswith("@")]
         words = self._read_args_from_files(argv)
         known = self._option_string_actions
         words, said, _, by_recipe = foreign.translate(self.prog, words, known)
@@ -133,13 +133,13 @@ class Parser(argparse.ArgumentParser):
         groups = [(flag, raw[0].partition("=")[0]) for flag, _, raw in foreign.split(words)]
         unknown = [typed for flag, typed in groups if flag.startswith("--") and flag not in known]
         if unknown:
-            self.error(self._unknown(unknown, said, argv, recipes))
+            self.error(self._unknown(unknown, said, argv))
         for action in self._actions:
             if action.choices and not action.type:
                 action.type = choice(action.choices)
         args, others = self.parse_known_args(words) if words or not said else (None, [])
         if others:
-            self.error(self._unknown(others[:1], said, argv, recipes))
+            self.error(self._unknown(others[:1], said, argv))
         if said:
             self.error(f"{', '.join(said)}; type: {line}")
         for name, value in vars(args).items():  # the shell leaves ~ alone in --flag=~/folder
@@ -155,10 +155,11 @@ class Parser(argparse.ArgumentParser):
             print(f"{self.prog}: only the model is named; its authors' training: {line}", file=sys.stderr)
         return args
 
-    def _unknown(self, words: list[str], said: list[str], argv: list[str], recipes: list[Path]) -> str:
+    def _unknown(self, words: list[str], said: list[str], argv: list[str]) -> str:
         """One message for all words that are no flags, each with the nearest flag where one is near."""
         visible = {flag for flag, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS}
         names = {name: name for name in visible} | {k: v for k, v in foreign.ALIASES.items() if v in visible}
+        recipes = [Path(os.path.expanduser(word[1:])) for word in argv if word.startswith("@")]
         parts = []
         for word in dict.fromkeys(words):
             where = "".join(f" in {path}" for path in recipes if word not in argv and word in path.read_text())
@@ -189,16 +190,14 @@ class Precision(argparse.Action):
         namespace.fp16, namespace.bf16 = self.dest == "fp16", self.dest == "bf16"
 
 
-def bounded(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False):
+def bounded(kind: type, low: float, high: float, open_low: bool = False):
     """A type for argparse: a number of `kind` within [low, high], or (low, high] when `open_low`."""
 
     def parse(text: str):
         value = kind(text)
-        if math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if value != value or (low is not None and (value < low or open_low and value == low)):
+        if not (low < value if open_low else low <= value):  # nan is neither
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_low else 'at least'} {low}")
-        if high is not None and value > high:
+        if value > high:
             raise argparse.ArgumentTypeError(f"{text} is above {high}")
         return value
 
@@ -224,12 +223,8 @@ def boolean(text: str) -> bool:
 def world_size() -> int:
     """The number of processes, from torchrun's environment; 1 without one. UserError where that is not whole."""
     world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1":
-        return 1
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        value = os.environ.get(name, "")
-        if not (value if name == "MASTER_ADDR" else value.isdecimal() and int(value) >= (name == "WORLD_SIZE")):
-            raise UserError(f"WORLD_SIZE {world!r} with {name} {value!r}: start with torchrun, or unset WORLD_SIZE")
+    alone = world != "1" and "LOCAL_RANK" not in os.environ
+    refuse(alone, f"WORLD_SIZE {world} without LOCAL_RANK: start with torchrun, or unset WORLD_SIZE")
     return int(world)
 
 
@@ -240,15 +235,9 @@ def say(text: str) -> None:
 
 
 def say_loading() -> None:
-    """Say that PyTorch is loaded, which takes seconds; Ctrl-C ends at once: Python's import may lose an exception."""
-
-    def stop(signum, frame) -> None:
-        print("Stopped by Ctrl-C", file=sys.stderr, flush=True)
-        signal.signal(signum, signal.SIG_DFL)
-        signal.raise_signal(signum)
-
+    """Say that PyTorch is loaded, which takes seconds. Ctrl-C ends at once: Python's import may lose an exception."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a script
-        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     say("Loading PyTorch ...")
 
 
