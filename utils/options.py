@@ -207,33 +207,17 @@ def parse_train_args(argv: list[str] | None = None) -> argparse.Namespace:
     own.add_argument("--cells", default=None)
     file, words = own.parse_known_args(argv)
     if not file.cells:
-        return _parse_one(train_parser(), words)
+        return train_parser().parse_args(words, check)
     lines = [line.split() for line in Path(file.cells).read_text().splitlines()] if os.path.isfile(file.cells) else []
     if not lines:
         train_parser().error("nothing to do; look at ARCHS, NORMS, SEEDS and CELL")
-    cells = [_parse_one(train_parser(), [*line, *words]) for line in lines]
+    cells = [train_parser().parse_args([*line, *words], check) for line in lines]
     commands = [shlex.join(["python", "train.py", *line, *(w for w in words if w != "--dry_run")]) for line in lines]
     return argparse.Namespace(**vars(cells[0]), cells=list(zip(commands, cells, strict=True)))
 
 
-def _parse_one(parser: Parser, words: list[str]) -> argparse.Namespace:
-    args = parser.parse_args(words, check)
-    args.fp16 = args.fp16 and args.fp16_opt_level != "O0"
-    preset = AUGS[args.aug]
-    args.flip, args.pad = preset.get("flip", False), preset.get("pad", 0)
-    args.scale = list(args.scale or preset["scale"]) if "scale" in preset else None
-    args.interpolation = args.interpolation or preset.get("interpolation", "bilinear")
-    args.operations, args.rotation = preset.get("operations"), preset.get("rotation", 0.0)
-    args.aug_prob = preset.get("aug_prob", 0.0) if args.aug_prob is None else args.aug_prob
-    if args.normalize:
-        args.mean, args.std = map(list, NORMALIZE[args.normalize])
-    return args
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict one another, with the value and the way out; fill in the data set, the run's name,
-    the model that is meant, and what -v evaluates.
-    """
+def _fill_in(args: argparse.Namespace) -> None:
+    """What flags that are not given follow from: the other flags, presets, and the data folder."""
     own_dir = args.data_dir if args.data_dir != DATA_DIR else None
     args.dataset = choose_dataset(args.dataset, own_dir, args.labels) or "cifar10"
     args.name = args.dataset if args.name is None else args.name
@@ -241,11 +225,28 @@ def check(args: argparse.Namespace) -> None:
     vars(args).update(MODEL | args.asked)
     args.crop_pct, args.seed = args.crop_pct or 1.0, 42 if args.seed is None else args.seed
     args.stem = None if args.stem == "none" else args.stem  # as where it isn't given, also in older logs
-    name, batch, scale = args.name, args.train_batch_size, args.scale
+    args.fp16 = args.fp16 and args.fp16_opt_level != "O0"
     if args.blr is not None:
-        args.learning_rate = args.blr * batch / 256
+        args.learning_rate = args.blr * args.train_batch_size / 256
     elif args.learning_rate is None:
         args.learning_rate = 0.03 if args.opt == "sgd" else 0.001
+    preset = AUGS[args.aug]
+    args.flip, args.pad = preset.get("flip", False), preset.get("pad", 0)
+    args.operations, args.rotation = preset.get("operations"), preset.get("rotation", 0.0)
+    args.interpolation = args.interpolation or preset.get("interpolation", "bilinear")
+    scale = args.scale or preset.get("scale")
+    args.scale = list(scale) if scale else None
+    args.aug_prob = preset.get("aug_prob", 0.0) if args.aug_prob is None else args.aug_prob
+    if args.normalize:
+        args.mean, args.std = map(list, NORMALIZE[args.normalize])
+    restarted = any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
+    args.overwrite = args.overwrite and not restarted  # torchrun and SLURM start a command again to go on with it
+
+
+def check(args: argparse.Namespace) -> None:
+    """Fill in what is not given, and what -v evaluates; refuse what contradicts itself, with the value and the way out."""
+    _fill_in(args)
+    name, batch, scale = args.name, args.train_batch_size, args.scale
     for flag in ("min_lr", "warmup_lr"):
         above = getattr(args, flag) > args.learning_rate
         refuse(above, f"--{flag} {getattr(args, flag):g} is above the learning rate, {args.learning_rate:g}; lower it")
@@ -260,19 +261,16 @@ def check(args: argparse.Namespace) -> None:
     share = f"{batch} / {parts} = {batch // parts}"
     odd = (args.mixup or args.cutmix) and batch // parts % 2
     refuse(odd, f"--mixup and --cutmix need an even number of images per process and pass, not {share}")
-    refuse(args.ra > batch, f"--ra {args.ra} is more than --train_batch_size {batch}")
     misplaced = args.labels and args.dataset != "imagefolder"
     refuse(misplaced, f"--labels {args.labels} goes with --dataset imagefolder, not {args.dataset}")
     refuse((args.mean is None) != (args.std is None), "--mean and --std go together")
     refuse(scale and scale[0] > scale[1], f"--scale {scale}: the first is above the second")
     for flag in ("scale", "aug_prob"):
-        meant = getattr(args, flag) is None or flag in AUGS[args.aug]
+        idle = getattr(args, flag) and flag not in AUGS[args.aug]
         others = ", ".join(aug for aug, preset in AUGS.items() if flag in preset)
-        refuse(not meant, f"--{flag} has no meaning with --aug {args.aug}; --aug {others} would take it")
+        refuse(idle, f"--{flag} has no meaning with --aug {args.aug}; --aug {others} would take it")
     headless = args.freeze and not (args.pretrained_dir or args.load_model_dir)
     refuse(headless, "--freeze trains the head alone, of weights that --pretrained_dir FILE gives; it is missing")
-    again = any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
-    args.overwrite = args.overwrite and not again  # torchrun and SLURM start a command again to go on with it
     refuse(args.extend and args.overwrite, "--extend goes on with a run, --overwrite deletes it; leave one out")
     both = args.pretrained_dir and args.load_model_dir
     refuse(both, "--pretrained_dir (fine-tune) and --load_model_dir (evaluate or continue) exclude each other")
