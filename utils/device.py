@@ -32,11 +32,10 @@ def choose_device(wanted: str = "auto", index: int = 0) -> torch.device:
 
 
 def keep_memory(device: torch.device) -> None:
-    """On a CPU, have glibc keep what is freed for the next step. Other C libraries ignore it.
+    """On a CPU, have glibc keep what is freed for the next step; called when images, which take much, are decoded.
 
-    Called when images have been decoded, which takes much for a moment. By default blocks of 32 MiB and more go back to
-    the system and come anew, page by page: with large activations a seventh of a step's time. From then on the process
-    stays as large as it has ever been. What the environment says of this stays.
+    By default blocks of 32 MiB and more go back to the system and come anew, page by page: with large activations a
+    seventh of a step's time. What the environment says of this stays; other C libraries ignore it.
     """
     said = os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
     if device.type != "cpu" or said:

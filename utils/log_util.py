@@ -25,10 +25,9 @@ class RunLog:
     """
 
     def __init__(self, files: RunFiles, enabled: bool = True):
-        self.enabled, self.text, self.json = enabled, files.text, files.json
-        self.board_dir, self.board = files.board, None
+        self.files, self.enabled, self.board = files, enabled, None
         if enabled:
-            for folder in (self.text.parent, self.board_dir):
+            for folder in (files.folder, files.board):
                 with writing(folder):
                     folder.mkdir(parents=True, exist_ok=True)
 
@@ -40,40 +39,35 @@ class RunLog:
         """Lines for people, in the text log and on the screen; there, `screen` in their place where given."""
         if self.enabled:
             now = time.strftime("%m/%d/%Y %H:%M:%S")
-            self._append(self.text, "".join(f"{now} - INFO - train - {line}\n" for line in lines))
+            self._append(self.files.text, "".join(f"{now} - INFO - train - {line}\n" for line in lines))
             tqdm.write("\n".join(lines) if screen is None else screen)
 
     def record(self, **values) -> None:
         if self.enabled:
-            self._append(self.json, json.dumps(values) + "\n")
+            self._append(self.files.json, json.dumps(values) + "\n")
 
     def evaluation(self, step: int, epoch: float, split: str, result: dict, best: float, **facts) -> None:
         """An evaluation: lines for people, TensorBoard's scalars, and a record.
 
-        `split` is 'val' or 'test', `result` is from `eval.evaluate`, with raw_accuracy, average_accuracy and which was
-        kept where an average of the weights was scored, `best` the highest accuracy so far; facts are train_loss,
-        train_accuracy, lr and seconds.
+        `split` is 'val' or 'test'; `result` is from `eval.evaluate`, and tells of raw and averaged weights where both
+        were scored; `best` is the highest accuracy so far; facts are train_loss, train_accuracy, lr and seconds.
         """
-        figures = {
-            "Train Loss": facts["train_loss"], "Valid Loss": result["loss"], "Valid Accuracy": result["accuracy"],
-            "Train Accuracy": facts["train_accuracy"],
-        }  # fmt: skip
+        figures = {"Train Loss": facts["train_loss"], "Valid Loss": result["loss"]}
+        figures |= {"Valid Accuracy": result["accuracy"], "Train Accuracy": facts["train_accuracy"]}
         for kind in ("raw", "average") if "kept" in result else ():
             kept = " (these count)" if kind == result["kept"] else ""
             figures[f"Accuracy of the {kind} weights{kept}"] = result[f"{kind}_accuracy"]
         lines = [f"Global Steps: {step}", *(f"{name}: {value:.5f}" for name, value in figures.items())]
         self.info("Validation Results", *lines, screen=" | ".join(lines))
-        self.scalars(step, {
-            f"{split}/accuracy": result["accuracy"], f"{split}/best_accuracy": best, f"{split}/loss": result["loss"],
-            "train/accuracy": facts["train_accuracy"],
-        })  # fmt: skip
+        board = {f"{split}/accuracy": result["accuracy"], f"{split}/best_accuracy": best}
+        self.scalars(step, board | {f"{split}/loss": result["loss"], "train/accuracy": facts["train_accuracy"]})
         scores = {name: value for name, value in result.items() if name != "confusion"}
         self.record(event="eval", step=step, epoch=epoch, split=split, **scores, best=best, **facts)
 
     def on_board(self, method: str, *values, **words) -> None:
         """Call a method of TensorBoard's SummaryWriter."""
         if self.board:
-            with writing(self.board_dir):
+            with writing(self.files.board):
                 getattr(self.board, method)(*values, **words)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -89,8 +83,7 @@ class RunLog:
     def hparams(self, step: int, settings: dict) -> None:
         """Settings of a finished run, by which TensorBoard's HPARAMS tab compares runs, those that differ first.
 
-        A setting that is None or a list has no place there; without weights to start from, `pretrained_dir` is ''. The
-        results are the scalars. (`SummaryWriter.add_hparams` would add some of its own, which would come before the
+        None and lists have no place there. (`SummaryWriter.add_hparams` would add scalars of its own in front of the
         curves, and list all settings alike.)
         """
         if self.board:
@@ -99,7 +92,7 @@ class RunLog:
             shown = {name: str(value) if isinstance(value, bool) else value for name, value in settings.items()}
             shown = {name: value for name, value in shown.items() if isinstance(value, (int, float, str))}
             _, start, end = hparams({"pretrained_dir": "", **shown}, {})
-            with writing(self.board_dir):
+            with writing(self.files.board):
                 for summary in (start, end):
                     self.board.file_writer.add_summary(summary, step)
 
@@ -108,7 +101,7 @@ class RunLog:
         sizes = {}
         self.on_board("flush")
         if self.enabled:
-            for path in filter(Path.exists, (self.text, self.json)):
+            for path in filter(Path.exists, (self.files.text, self.files.json)):
                 with writing(path), open(path, "rb") as file:
                     os.fsync(file.fileno())
                     sizes[path.suffix] = os.fstat(file.fileno()).st_size
@@ -118,15 +111,15 @@ class RunLog:
         """Forget what was logged after a checkpoint, as those steps will be done again; open TensorBoard."""
         if not self.enabled:
             return
-        for path in (self.text, self.json):
+        for path in (self.files.text, self.files.json):
             if path.exists():
                 with writing(path):
                     os.truncate(path, min(path.stat().st_size, position.get(path.suffix, 0)))
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = _quiet_writer
-        with writing(self.board_dir):
-            self.board = SummaryWriter(str(self.board_dir), purge_step=step + 1)
+        with writing(self.files.board):
+            self.board = SummaryWriter(str(self.files.board), purge_step=step + 1)
 
     def close(self) -> None:
         self.on_board("close")
