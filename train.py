@@ -21,7 +21,6 @@ import contextlib
 import os
 import shlex
 import signal
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -39,18 +38,59 @@ from tqdm import tqdm
 from eval import evaluate
 from utils import checkpoint, data_utils, device, dist_util, frozen, results, scheduler, seeds, weights
 from utils.anomaly import Anomaly, NonFinite
-from utils.augment import Augment, eval_augment, make_mix, train_augment
+from utils.augment import eval_augment, make_mix, train_augment
 from utils.cli import UserError, refuse
 from utils.datasets import Data, ImageSet, data_words, load_data
 from utils.dist_util import Processes
 from utils.log_util import RunLog, gflops, run_description
 from utils.loss import accuracy_of, balanced_weights, loss_of
 from utils.optim import Average, make_optimizer, make_scaler
+from utils.presets import NORMALIZE
 from utils.run_files import RunFiles, settings
 
 BAR = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"  # at most 76 columns and the bar
 SAVE_SECONDS = 300  # _last.bin is never older than this,
 SAVE_TIMES = 20  # and is written at evaluations, unless that would take more than a twentieth of the time
+
+
+def resolve(args: Namespace) -> weights.WeightFile | None:
+    """Read the weights to start from, if any, and fill in the flags that depend on them.
+
+    Sizes that don't fit one another are answered here, before any data is loaded.
+    """
+    path = args.pretrained_dir or args.load_model_dir
+    source = weights.read_weights(path) if path else None
+    if args.load_model_dir and source.own.get("config"):
+        options.resolve_model(args, source.own["config"])
+    its = args.validate and source.own.get("args") or {}  # the flags of its run, which choose and cut test images
+    vars(args).update({name: its[name] for name in options.EVALUATION if name in its and name not in args.asked})
+    if args.mean is None:
+        args.mean, args.std = map(list, source and source.normalize or NORMALIZE["half"])
+    with torch.device("meta"), contextlib.suppress(RuntimeError):  # models of others may need numbers to be made
+        make_model(args)
+    return source
+
+
+def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None]:
+    """Start the processes, load weights and data, and fill in the flags that depend on them.
+
+    Returns:
+        This process's place; the data on its device; and the weights to start from, None without any.
+    """
+    processes = dist_util.start(args.device, args.gpu_id)
+    source = resolve(args)
+    if args.memory_limit is None:  # whether images are kept or streamed; a continued run keeps what it had
+        begun = None if args.validate or args.overwrite else RunFiles.of(args).record("start")
+        limit = (begun or {}).get("memory_limit")
+        limit = device.memory_limit(processes.device) if limit is None else limit
+        args.memory_limit = min(dist_util.gather(limit))
+    cli.say(f"Loading {args.dataset} from {args.data_dir} ...")
+    with dist_util.first_on_each_node(processes):
+        data = load_data(args.dataset, args.data_dir, train=not args.validate, **data_words(args))
+    if not args.validate:
+        data.notes += options.resolve_steps(args, len(data.train))
+    device.keep_memory(processes.device)
+    return processes, data.to(processes.device), source
 
 
 def make_model(args: Namespace, num_classes: int = 1000) -> nn.Module:
@@ -65,6 +105,32 @@ def make_model(args: Namespace, num_classes: int = 1000) -> nn.Module:
     what = f"{args.model_type}, {args.norm_type}"
     refuse(twice, f"--grad_checkpoint computes blocks twice, which {what} would count in its statistics")
     return model
+
+
+def check_apart(source: weights.WeightFile, args: Namespace, data: Data) -> None:
+    """Refuse to test on images that the weights were trained on, where the test images of a folder are drawn."""
+    its = source.own.get("args") or {}
+    if data.drawn and its.get("dataset") == args.dataset and realpath(its["data_dir"]) == realpath(args.data_dir):
+        flags = f"--seed {its['seed']} --test_fraction {its.get('test_fraction') or 0.2}"
+        overlap = flags != f"--seed {args.seed} --test_fraction {data.drawn}"
+        what = f"{source.path}: trained on some of the images of {args.data_dir} that are drawn for testing now"
+        refuse(overlap, f"{what}; keep to its {flags}, or put images into test/")
+
+
+def load_source(model: nn.Module, source: weights.WeightFile | None, args: Namespace, data: Data) -> str:
+    """Put the weights that --pretrained_dir or --load_model_dir names into a model; a line for the log."""
+    if source is None:
+        return "from scratch"
+    labels = source.labels if {*source.labels} == {*data.classes} else data.classes  # others may be another spelling
+    same_classes = source.own.get("classes", labels) == data.classes
+    check_apart(source, args, data)
+    exact = bool(args.load_model_dir)
+    other = f"{source.path} has other classes than {args.dataset}, or another order"
+    refuse(exact and not same_classes, f"{other}; try --pretrained_dir")
+    report = weights.load_weights(model, source, same_classes, exact)
+    anew = ", ".join(name for name in report.reinitialised if not name.startswith("head."))
+    refuse(args.freeze and anew, f"--freeze trains the head alone, and {source.path} has no {anew} for the model")
+    return f"{source.path}: {report}"
 
 
 @dataclass
@@ -144,16 +210,17 @@ class Trainer:
 
     def score(self, model: nn.Module, images: ImageSet) -> dict:
         """`eval.evaluate` of a model of the run's shape, over all processes."""
-        batches = share_of(images, self.args, self.processes, self.eval_augment)
+        words = dict(batch_size=self.args.eval_batch_size, num_workers=self.args.num_workers, **self.processes.share)
+        batches = data_utils.eval_batches(images, self.eval_augment, **words)
         return evaluate(self.trained_part(model), batches, len(self.data.classes), self.device, self.precision)
 
     def batches(self, stop: int | None = None) -> Iterator:
         """What `update` takes: this process's batches from the step that is reached on, to the last or to `stop`."""
-        args, place = self.args, self.processes
+        args = self.args
         return data_utils.train_batches(
             self.data.train, self.augment, seed=args.seed, start=self.progress.step, stop=stop or args.num_steps,
             batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps, ra=args.ra, mix=self.mix,
-            rank=place.rank, world=place.world, device=self.device, num_workers=args.num_workers,
+            num_workers=args.num_workers, **self.processes.share,
         )  # fmt: skip
 
     def elapsed(self) -> float:
@@ -167,11 +234,6 @@ class Trainer:
                 step=self.progress.step, selected_on=self.data.selected_on,
             )  # fmt: skip
             checkpoint.save(path, facts | state, previous)
-
-    def save_due(self, evaluated: bool) -> bool:
-        """Whether it is time to save, by the first process's clock."""
-        longest = min(SAVE_SECONDS, SAVE_TIMES * self.save_took) if evaluated else SAVE_SECONDS
-        return self.processes.main and time.monotonic() - self.saved > longest
 
     def save_last(self) -> None:
         """Write all that resuming needs, if it is sound."""
@@ -222,8 +284,7 @@ class Trainer:
             run_id=self.files.id, model=self.config, parameters=self.parameters, gflops=self.gflops,
             classes=data.classes, files=data.files, images=[len(data.train), len(data.valid), len(data.test)],
             selected_on=data.selected_on, processes=self.processes.world, precision=self.precision,
-            statistics=bool(self.statistics),
-            torch=torch.__version__, memory_limit=args.memory_limit,
+            statistics=bool(self.statistics), torch=torch.__version__, memory_limit=args.memory_limit,
             device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         )  # fmt: skip
         notes = [*data.notes, *options.describe(args), *self.notes]
@@ -291,11 +352,11 @@ class Trainer:
         progress = self.progress
         models = {"average": self.average.module} if self.average else {}
         models["raw"] = self.model
-        results = {kind: self.score(model, self.data.valid) for kind, model in models.items()}
-        progress.kept = max(results, key=lambda kind: results[kind]["accuracy"])  # the average, where both are as good
-        result = results[progress.kept]
+        scores = {kind: self.score(model, self.data.valid) for kind, model in models.items()}
+        progress.kept = max(scores, key=lambda kind: scores[kind]["accuracy"])  # the average, where both are as good
+        result = scores[progress.kept]
         if self.average:
-            result |= {f"{kind}_accuracy": each["accuracy"] for kind, each in results.items()}
+            result |= {f"{kind}_accuracy": each["accuracy"] for kind, each in scores.items()}
             result["kept"] = progress.kept
         frozen.train_mode(self.model, self.args.freeze)
         train_loss = dist_util.mean(progress.loss_sum) / progress.loss_steps
@@ -315,8 +376,8 @@ class Trainer:
     def train(self, interrupt: dist_util.Interrupt) -> int:
         """Take all remaining steps; 0, or the conventional exit status after a signal."""
         args, progress, batches = self.args, self.progress, self.batches()
-        show = self.processes.main and sys.stderr.isatty()
-        words = dict(total=args.num_steps, initial=progress.step, dynamic_ncols=True, disable=not show)
+        hidden = None if self.processes.main else True  # None: where stderr is no terminal
+        words = dict(total=args.num_steps, initial=progress.step, dynamic_ncols=True, disable=hidden)
         bar = tqdm(bar_format=BAR, smoothing=0, **words)  # the time that is left is by the whole run's speed
         frozen.train_mode(self.model, args.freeze)
         mark, mark_step, first = time.monotonic(), progress.step, progress.step + 1
@@ -345,8 +406,10 @@ class Trainer:
                 self.validate()
             if evaluated or progress.step % args.log_every == 0:
                 mark, mark_step = time.monotonic(), progress.step
+            longest = min(SAVE_SECONDS, SAVE_TIMES * self.save_took) if evaluated else SAVE_SECONDS
+            due = self.processes.main and time.monotonic() - self.saved > longest
             # signals and clocks differ between processes: what one has seen, all act upon, at the same step
-            signum, due = dist_util.largest(interrupt.signum, self.save_due(evaluated))
+            signum, due = dist_util.largest(interrupt.signum, due)
             if due or signum or at_end or (args.save_every and progress.step % args.save_every == 0):
                 self.save_last()
             if signum and not at_end:
@@ -382,92 +445,18 @@ class Trainer:
         self.log.close()
 
 
-def share_of(images: ImageSet, args: Namespace, processes: Processes, augment: Augment) -> Iterator:
-    """This process's batches of images, for `eval.evaluate`."""
-    return data_utils.eval_batches(
-        images, augment, batch_size=args.eval_batch_size, rank=processes.rank, world=processes.world,
-        device=processes.device, num_workers=args.num_workers,
-    )  # fmt: skip
-
-
-def check_apart(source: weights.WeightFile, args: Namespace, data: Data) -> None:
-    """Refuse to test on images that the weights were trained on, where the test images of a folder are drawn."""
-    its = source.own.get("args") or {}
-    if data.drawn and its.get("dataset") == args.dataset and realpath(its["data_dir"]) == realpath(args.data_dir):
-        flags = f"--seed {its['seed']} --test_fraction {its.get('test_fraction') or 0.2}"
-        apart = flags == f"--seed {args.seed} --test_fraction {data.drawn}"
-        what = f"{source.path}: trained on some of the images of {args.data_dir} that are drawn for testing now"
-        refuse(not apart, f"{what}; keep to its {flags}, or put images into test/")
-
-
-def load_source(model: nn.Module, source: weights.WeightFile | None, args: Namespace, data: Data) -> str:
-    """Put the weights that --pretrained_dir or --load_model_dir names into a model; a line for the log."""
-    if source is None:
-        return "from scratch"
-    labels = source.labels if {*source.labels} == {*data.classes} else data.classes  # others may be another spelling
-    same_classes = source.own.get("classes", labels) == data.classes
-    check_apart(source, args, data)
-    exact = bool(args.load_model_dir)
-    other = f"{source.path} has other classes than {args.dataset}, or another order"
-    refuse(exact and not same_classes, f"{other}; try --pretrained_dir")
-    report = weights.load_weights(model, source, same_classes, exact)
-    anew = [name for name in report.reinitialised if not name.startswith("head.")]
-    if args.freeze and anew:
-        raise UserError(f"--freeze trains the head alone, and {source.path} has no {anew[0]} for the model")
-    return f"{source.path}: {report}"
-
-
 def validate_only(args: Namespace, processes: Processes, data: Data, source: weights.WeightFile) -> None:
     """Evaluate --load_model_dir on the test set, without writing anything."""
-    model = make_model(args, len(data.classes))
-    loaded = [f"Weights: {load_source(model, source, args, data)}", *weights.check_pixels(source, args.mean, args.std)]
-    place = processes.device
+    model, place = make_model(args, len(data.classes)), processes.device
+    loaded = load_source(model, source, args, data)
     precision, _ = device.usable_precision(options.precision(args), place)
-    batches = share_of(data.test, args, processes, eval_augment(args, place, precision))
+    words = dict(batch_size=args.eval_batch_size, num_workers=args.num_workers, **processes.share)
+    batches = data_utils.eval_batches(data.test, eval_augment(args, place, precision), **words)
     result = evaluate(model.to(place), batches, len(data.classes), place, precision)
     if processes.main:
-        print(*loaded, sep="\n")
+        print(f"Weights: {loaded}", *weights.check_pixels(source, args.mean, args.std), sep="\n")
         print(f"Valid Loss: {result['loss']:.5f}")
         print(f"Valid Accuracy: {result['accuracy']:.5f} ({result['correct']}/{result['seen']})")
-
-
-def resolve(args: Namespace) -> weights.WeightFile | None:
-    """Read the weights to start from, if any, and fill in the flags that depend on them.
-
-    Sizes that don't fit one another are answered here, before any data is loaded.
-    """
-    path = args.pretrained_dir or args.load_model_dir
-    source = weights.read_weights(path) if path else None
-    if args.load_model_dir and source.own.get("config"):
-        options.resolve_model(args, source.own["config"])
-    if args.validate and source.own.get("args"):
-        options.resolve_evaluation(args, source.own["args"])
-    options.resolve_normalization(args, source and source.normalize)
-    with torch.device("meta"), contextlib.suppress(RuntimeError):  # models of others may need numbers to be made
-        make_model(args)
-    return source
-
-
-def prepare(args: Namespace) -> tuple[Processes, Data, weights.WeightFile | None]:
-    """Start the processes, load weights and data, and fill in the flags that depend on them.
-
-    Returns:
-        This process's place; the data on its device; and the weights to start from, None without any.
-    """
-    processes = dist_util.start(args.device, args.gpu_id)
-    source = resolve(args)
-    if args.memory_limit is None:  # whether images are kept or streamed; a continued run keeps what it had
-        begun = None if args.validate or args.overwrite else RunFiles.of(args).record("start")
-        limit = (begun or {}).get("memory_limit")
-        limit = device.memory_limit(processes.device) if limit is None else limit
-        args.memory_limit = min(dist_util.gather(limit))
-    cli.say(f"Loading {args.dataset} from {args.data_dir} ...")
-    with dist_util.first_on_each_node(processes):
-        data = load_data(args.dataset, args.data_dir, train=not args.validate, **data_words(args))
-    if not args.validate:
-        data.notes += options.resolve_steps(args, len(data.train))
-    device.keep_memory(processes.device)
-    return processes, data.to(processes.device), source
 
 
 def main(args: Namespace) -> int:
@@ -484,7 +473,8 @@ def main(args: Namespace) -> int:
         return 0
     files = RunFiles.of(args)
     if not args.overwrite:
-        files.check_same(settings(args), data.classes, data.files, args.extend)
+        files.check_data(data.classes, data.files)
+        files.check_settings(settings(args), args.extend)
         if files.state == "finished" and not (args.extend and args.num_steps > files.record("end")["step"]):
             if processes.main:
                 print(f"{files.id} is finished: {results.scores(files)}; --extend with more --epochs goes on with it")

@@ -28,7 +28,7 @@ def start(gpu, monkeypatch, tmp_path, *words):
     """A run, its data and its batches, after which no wait is allowed. Backward passes only put gradients in place."""
     flags = [*TINY, *places(tmp_path), *"--name test --num_steps 9 --eval_batch_size 16 --depth 1".split(), *words]
     args = options.parse_train_args(list(map(str, flags)))
-    options.resolve_normalization(args, None)
+    args.mean, args.std = [0.5] * 3, [0.5] * 3
     with gpu.waiting_allowed():
         data = load_data(args.dataset, args.data_dir, memory_limit=args.memory_limit).to(DEVICE)
         options.resolve_steps(args, len(data.train))

@@ -37,6 +37,11 @@ class Processes:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def share(self) -> dict:
+        """What `data_utils.train_batches` and `eval_batches` need to know of it."""
+        return dict(rank=self.rank, world=self.world, device=self.device)
+
 
 def start(device: str = "auto", gpu_id: int = 0, timeout: timedelta = TIMEOUT) -> Processes:
     """Choose the device, by `choose_device` and torchrun's LOCAL_RANK, and join torchrun's process group, if any.
@@ -90,15 +95,15 @@ def explain(error: Exception) -> UserError | None:
         return UserError("another process is gone or stuck; the same command goes on from the last save")
     if type(error).__module__.startswith("torch._inductor"):  # most often, there is no C++ compiler
         return UserError(f"--compile: torch cannot compile the model here ({reason}); leave it out")
-    if reason.startswith("DataLoader worker"):
-        text = f"a process that decodes images was ended by the system, most often as memory ran out ({reason})"
-        way_out = "the same command goes on from the last save, or with fewer --num_workers"
-        return UserError(f"{text}; {way_out}", on_this_process=True)
     no_memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
-    if no_memory or isinstance(error, MemoryError):
-        text = f"out of memory ({reason}); fewer images per pass, or a smaller model"
-        return UserError(text, on_this_process=True)
-    return None
+    if reason.startswith("DataLoader worker"):
+        what = f"a process that decodes images was ended by the system, most often as memory ran out ({reason})"
+        way_out = "the same command goes on from the last save, or with fewer --num_workers"
+    elif no_memory or isinstance(error, MemoryError):
+        what, way_out = f"out of memory ({reason})", "fewer images per pass, or a smaller model"
+    else:
+        return None
+    return UserError(f"{what}; {way_out}", on_this_process=True)
 
 
 def gather(value) -> list:

@@ -332,19 +332,6 @@ def resolve_model(args: argparse.Namespace, config: dict) -> None:
             raise UserError(f"{args.load_model_dir} has {name} {whole}, not {asked}; leave --{name} out")
 
 
-def resolve_evaluation(args: argparse.Namespace, its: dict) -> None:
-    """Without a flag, -v chooses, resizes and cuts test images as the run did whose flags `its` are."""
-    for name in EVALUATION:
-        if name not in args.asked and name in its:
-            setattr(args, name, its[name])
-
-
-def resolve_normalization(args: argparse.Namespace, pixels: tuple[list[float], list[float]] | None) -> None:
-    """Without a flag, pixels are normalised as for the weights that the run starts from, or to -1..1."""
-    if args.mean is None:
-        args.mean, args.std = map(list, pixels or NORMALIZE["half"])
-
-
 def resolve_steps(args: argparse.Namespace, images: int) -> list[str]:
     """Fill in num_steps, epochs and warmup_steps now that the number of training images is known; lines for the log."""
     per_epoch = images * args.ra / args.train_batch_size

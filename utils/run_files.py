@@ -123,11 +123,11 @@ class RunFiles:
             if name not in free and old.get(name) != value and not (value is None and name in UNTIL_DATA)
         ]
 
-    def other_data(self, classes: list[str], files: dict[str, dict]) -> list[str]:
-        """What is different in the data since the run began: classes, or images, by `datasets.ImageSet.fingerprint`."""
+    def check_data(self, classes: list[str], files: dict[str, dict]) -> None:
+        """UserError where classes or images differ from the run's on disk, by `datasets.ImageSet.fingerprint`."""
         start = self.record("start")
         if start is None or "files" not in start or self.state == "new":
-            return []
+            return
         was, old = start["classes"], start["files"]
         found = [f"class {name} is gone" for name in was if name not in classes]
         found += [f"class {name} is new" for name in classes if name not in was]
@@ -138,14 +138,9 @@ class RunFiles:
                     found.append(f"{split}/{name} {before[0]} -> {now[0]} images")
                 elif before != now:
                     found.append(f"{split}/{name} other names or sizes of files")
-        return found if len(found) <= 10 else [*found[:10], f"and {len(found) - 10} more"]
-
-    def check_same(self, now: dict, classes: list[str], files: dict[str, dict], extend: bool) -> None:
-        """UserError where the run on disk has other settings or images, or isn't there to be extended."""
-        changed = ", ".join(self.other_data(classes, files))
+        changed = ", ".join(found if len(found) <= 10 else [*found[:10], f"and {len(found) - 10} more"])
         anew = f"--overwrite, or another --name, with --pretrained_dir {self.best} to keep what it learnt"
         refuse(changed, f"run {self.id} exists with other images: {changed}; bring them back, or start anew: {anew}")
-        self.check_settings(now, extend)
 
     def check_settings(self, now: dict, extend: bool) -> None:
         """UserError where the run on disk has other settings, or isn't there to be extended."""
