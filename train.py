@@ -128,7 +128,7 @@ def load_source(model: nn.Module, source: weights.WeightFile | None, args: Names
     other = f"{source.path} has other classes than {args.dataset}, or another order"
     refuse(exact and not same_classes, f"{other}; try --pretrained_dir")
     report = weights.load_weights(model, source, same_classes, exact)
-    anew = ", ".join(name for name in report.reinitialised if not name.startswith("head."))
+    anew = next((name for name in report.reinitialised if not name.startswith("head.")), None)
     refuse(args.freeze and anew, f"--freeze trains the head alone, and {source.path} has no {anew} for the model")
     return f"{source.path}: {report}"
 

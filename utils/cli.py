@@ -98,6 +98,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=Help, fromfile_prefix_chars="@", **kwargs)
+        self.register("type", None, os.path.expanduser)  # of plain words; a shell leaves ~ alone in --flag=~/folder
 
     def _read_args_from_files(self, words: list[str]) -> list[str]:
         """Words with those of its file in the place of each `@recipe`; they may name recipes, too."""
@@ -142,11 +143,6 @@ class Parser(argparse.ArgumentParser):
             self.error(self._unknown(others[:1], said, argv))
         if said:
             self.error(f"{', '.join(said)}; type: {line}")
-        for name, value in vars(args).items():  # the shell leaves ~ alone in --flag=~/folder
-            if isinstance(value, str):
-                setattr(args, name, os.path.expanduser(value))
-            elif isinstance(value, list) and value and isinstance(value[0], str):
-                setattr(args, name, list(map(os.path.expanduser, value)))
         try:
             check(args)
         except UserError as error:
