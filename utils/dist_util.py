@@ -204,9 +204,8 @@ def share_statistics(model: nn.Module, processes: Processes) -> tuple[nn.Module,
 
 def statistics_of(model: nn.Module) -> list[torch.Tensor]:
     """Floating-point buffers that training changes and checkpoints keep, such as BatchNorm's running statistics."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = model.state_dict()
-    return [state[name] for name in state if name not in parameters and state[name].is_floating_point()]
+    kept = model.state_dict().keys()
+    return [buffer for name, buffer in model.named_buffers() if name in kept and buffer.is_floating_point()]
 
 
 def average_statistics(buffers: list[torch.Tensor]) -> None:
