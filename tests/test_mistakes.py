@@ -141,7 +141,7 @@ PLOT = [
     ("{bad}/logs/flags", "lacks 'model_type'"),
     ("{bad}/logs/words", "not from this train.py (could not convert string to float: 'high')"),
     ("{bad}/logs/binary", "cannot be read, or is no text"),
-    ("{bad}/logs/loss", "'Valid Loss: high' is no line of a run's log"),
+    ("{bad}/logs/loss", "is no log of a run (could not convert string to float: 'high')"),
     ("{good} --logs {bad}/none", "none: no such folder"),
     ("{good} --out {bad}/text", "cannot be written to"),
     ("{good} --out /proc/nowhere", "cannot be written to"),
@@ -300,7 +300,8 @@ def bad(good, tmp_path_factory) -> Path:
     for name, text in logs.items():
         (bad / "logs" / name).mkdir(parents=True)
         (bad / "logs" / name / f"{ID}.jsonl").write_text(text)
-    for name, data in {"binary": b"\xff\xfe\0", "loss": b"Global Steps: 100\nValid Loss: high\n"}.items():
+    loss = b"Global Steps: 1\nValid Loss: high\nValid Accuracy: 0\n"
+    for name, data in {"binary": b"\xff\xfe\0", "loss": loss}.items():
         (bad / "logs" / name).mkdir()
         (bad / "logs" / name / f"{ID}.txt").write_bytes(data)
     (bad / "logs" / "none").mkdir()

@@ -103,6 +103,12 @@ def test_a_log_cut_at_any_byte_is_read_up_to_there(tmp_path):
         assert not run.finished or "End Training" in text[:end]
 
 
+def test_a_log_without_its_score_is_of_no_finished_run(tmp_path):
+    text = (LOGS / f"{SCRATCH}.txt").read_text()
+    (tmp_path / f"{SCRATCH}.txt").write_text(text.replace("Best Accuracy", "Best"))
+    assert "67.48 so far, step 20000 of 20000" in call("plot.py", tmp_path).stdout
+
+
 # ---------------------------------------------------------------- our own runs
 
 

@@ -29,10 +29,9 @@ RUN_ID = re.compile(
     r"(?P<name>.+)_(?P<model>(?:[A-Z0-9]+-)?ViT-[A-Za-z]+_\d+|[A-Za-z]+-[A-Za-z]+)_norm_(?P<norm>[A-Za-z]+)"
     r"_fp_(True|False)_img_(?P<size>\d+)_pretrain_(?P<pretrain>T|F)(?:_seed_(?P<seed>\d+))?"
 )
-# A line of a text log after its time, level and source.
-FACT = re.compile(
-    r"(Training parameters|Total Parameter|Data|Global Steps|Valid Loss|Valid Accuracy|Best Accuracy|Test Accuracy"
-    r"|End Training|last)[:!]?(?:\s+(.*))?"
+# An evaluation in a text log; between its lines ours have the training loss.
+EVALUATION = re.compile(
+    r"Global Steps: (\S+)\n(?:.*Train Loss: .*\n)?.*Valid Loss: (\S+)\n.*Valid Accuracy: (\S+)$", re.MULTILINE
 )
 
 
@@ -129,56 +128,50 @@ def _namespace(text: str) -> dict:
     return values
 
 
-def _take(run: Run, row: dict, fact: str, value: str) -> None:
-    """Enter one line of a text log; `row` collects the lines of an evaluation."""
-    if fact == "Training parameters":
-        run.settings = _namespace(value)
+def _read_attempt(path: Path, text: str) -> Run:
+    """A run, as its log's name and the text of one call of a training script tell it."""
+    named = RUN_ID.fullmatch(path.stem)
+    size, pretrained, seed = int(named["size"]), named["pretrain"] == "T", int(named["seed"] or 42)
+    run = Run(path.stem, named["name"], named["model"], named["norm"], size, pretrained, seed, dataset=named["name"])
+
+    def fact(pattern: str) -> re.Match | None:
+        """The last line that says this after its time, level and source."""
+        found = list(re.finditer(rf"(?:^| - ){pattern}$", text, re.MULTILINE))
+        return found[-1] if found else None
+
+    if flags := fact(r"Training parameters Namespace(.*)"):
+        run.settings = _namespace(flags[1])
         run.dataset, run.num_steps = _dataset(run.settings), run.settings.get("num_steps")
-        run.seed = run.settings.get("seed", run.seed)
-    elif fact == "Total Parameter":
-        millions, exact = re.match(r"([\d.]+)M(?: \(([\d,]+)\))?", value).groups()
+        run.seed = run.settings.get("seed", seed)
+    if data := fact(r"Data: (.*?),.*?(\(val\))?"):
+        run.dataset, run.chosen_on = data[1], "val" if data[2] else "test"
+    if parameters := fact(r"Total Parameter: \t([\d.]+)M(?: \(([\d,]+)\).*)?"):
+        millions, exact = parameters.groups()
         run.parameters = int(exact.replace(",", "")) if exact else round(1e6 * float(millions))
-    elif fact == "Global Steps":
-        row.clear()
-        row["step"] = int(value)
-    elif fact == "Valid Loss":
-        row["loss"] = float(value)
-    elif fact == "Valid Accuracy" and row.keys() == {"step", "loss"}:
-        run.accuracy.append(float(value))
-        run.steps.append(row["step"])
-        run.loss.append(row["loss"])
-    elif fact == "Best Accuracy":
-        run.best, run.last = float(value), run.accuracy[-1] if run.accuracy else None
-    elif fact == "Data":
-        run.dataset, run.chosen_on = value.split(",")[0], "val" if value.endswith("(val)") else "test"
-    elif fact == "Test Accuracy":  # of the weights that did best on held-out images
-        run.best, run.last = map(float, re.fullmatch(r"([\d.]+) \(last step ([\d.]+)\)", value).groups())
-    elif fact == "End Training":
-        run.finished = True
-    elif fact == "last":
-        run.minutes = float(value.split()[0])
+    for step, loss, accuracy in EVALUATION.findall(text):
+        run.steps.append(int(step))
+        run.loss.append(float(loss))
+        run.accuracy.append(float(accuracy))
+    best, on_test = fact(r"Best Accuracy: \t(\S+)"), fact(r"Test Accuracy: \t(\S+) \(last step (\S+)\)")
+    run.finished = bool(best and fact("End Training!"))
+    if run.finished:
+        run.best, run.last = map(float, on_test.groups() if on_test else (best[1], run.accuracy[-1]))
+    if minutes := fact(r"last (\S+) min"):
+        run.minutes = float(minutes[1])
+    return run
 
 
 def _read_log(path: Path) -> Run:
     """A text log. RescaleViT's grow with every call, so one may hold several attempts, or later calls without steps."""
-    named = RUN_ID.fullmatch(path.stem)
-    refuse(not named, f"{path}: is not named as a run is, NAME_MODEL_norm_..._pretrain_F")
-    text, attempts, row = read_text(path), [], {}
-    for line in text[: text.rfind("\n") + 1].splitlines():  # the start of a number is not that number
-        found = FACT.fullmatch(line.split(" - ", 3)[-1])
-        if not attempts or (found and found[1] == "Training parameters"):
-            size, pretrained, seed = int(named["size"]), named["pretrain"] == "T", int(named["seed"] or 42)
-            attempts.append(Run(path.stem, named["name"], named["model"], named["norm"], size, pretrained, seed))
-        if found:
-            with refusing(f"{path}: {line.strip()!r} is no line of a run's log", "move the file away"):
-                _take(attempts[-1], row, found[1], found[2] or "")
-    whole = [run for run in attempts if run.finished and run.best is not None]
+    refuse(not RUN_ID.fullmatch(path.stem), f"{path}: is not named as a run is, NAME_MODEL_norm_..._pretrain_F")
+    whole, newline, cut_off = read_text(path).rpartition("\n")  # the start of a number is not that number
+    refuse(not newline, f"{path}: holds no line of a run's log")
+    with refusing(f"{path}: is no log of a run", "move the file away"):
+        attempts = [_read_attempt(path, text) for text in re.split(r"^(?=.*Training parameters)", whole, flags=re.M)]
+    finished = [run for run in attempts if run.finished]
     begun = [run for run in attempts if run.steps]
-    refuse(not attempts, f"{path}: holds no line of a run's log")
-    run = (whole or begun or attempts)[-1]
-    run.cut_off = not text.endswith("\n")
-    run.best, run.last = (run.best, run.last) if run.finished else (None, None)
-    run.dataset = run.dataset or run.name
+    run = (finished or begun or attempts)[-1]
+    run.cut_off = bool(cut_off)
     return run
 
 
