@@ -41,31 +41,29 @@ def draw_run(run: Run, logs: Path | None):
     left = figure.add_subplot(1, 1 + history, 1)
     right = left.twinx()
     style = dict(marker="o" if len(run.steps) <= FEW else None, markersize=3)  # a few are points, many a line
-    larger = style | dict(markersize=6)
-    lines = left.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **larger)
-    scores = [100 * value for value in run.accuracy]
-    lines += right.plot(run.steps, scores, color="tab:blue", label=f"{run.chosen_on} accuracy", **style)
-    harder = dict(augmented=run.settings.get("aug", "none") != "none", smoothed=run.settings.get("smoothing"))
-    harder |= dict(mixed=run.settings.get("mixup") or run.settings.get("cutmix"))
-    how = f" ({', '.join(word for word, so in harder.items() if so)})" if any(harder.values()) else ""
+    larger, on = style | dict(markersize=6), run.chosen_on
+    lines = left.plot(run.steps, run.loss, color="tab:green", label=f"{on} loss", **larger)
+    lines += right.plot(run.steps, 100 * np.array(run.accuracy), color="tab:blue", label=f"{on} accuracy", **style)
     # training is scored over the steps since the evaluation before, so in their middle
     middles = [(start + end) / 2 for start, end in zip([0, *run.steps], run.steps, strict=False)]
     if len(run.train_accuracy) == len(run.steps):
-        scores = [100 * value for value in run.train_accuracy]
         dashed = style | dict(color="tab:blue", alpha=0.5, linestyle="--")
-        lines += right.plot(middles, scores, label="training accuracy", **dashed)
+        lines += right.plot(middles, 100 * np.array(run.train_accuracy), label="training accuracy", **dashed)
     left.set(xlabel="step", title="Evaluation")
     left.set_ylabel("loss", color="tab:green")
     right.set_ylabel("accuracy, %", color="tab:blue")
     left.grid(alpha=0.3)
     left.legend(handles=lines, loc="center right")
     if history:
+        aug, smoothing, mixup, cutmix = map(run.settings.get, ("aug", "smoothing", "mixup", "cutmix"))
+        harder = dict(augmented=aug not in (None, "none"), smoothed=smoothing, mixed=mixup or cutmix)
+        how = f" ({', '.join(word for word, so in harder.items() if so)})" if any(harder.values()) else ""
         axes = figure.add_subplot(1, 2, 2)
         if steps:
             axes.plot(steps, train, color="tab:orange", alpha=0.4, linewidth=0.8, label=f"training loss{how}, one step")
         if len(run.train_loss) == len(run.steps):
             axes.plot(middles, run.train_loss, color="tab:red", label=f"training loss{how}, mean", **style)
-        axes.plot(run.steps, run.loss, color="tab:green", label=f"{run.chosen_on} loss", **style)
+        axes.plot(run.steps, run.loss, color="tab:green", label=f"{on} loss", **style)
         axes.set(xlabel="step", ylabel="loss", title="Training history")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -141,8 +139,7 @@ def main(args: Namespace) -> int:
             draw_comparison(dataset, chosen_on, rows).savefig(folder / f"comparison_{name}.png", dpi=150)
         drawn = [run for run in runs if run.steps]
         for run in drawn:
-            figure = draw_run(run, Path(args.logs) if args.logs else None)
-            figure.savefig(folder / f"{run.id}_curves.png", dpi=150)
+            draw_run(run, Path(args.logs) if args.logs else None).savefig(folder / f"{run.id}_curves.png", dpi=150)
     print(f"{folder}: results.md, results.csv, {len(found)} comparison_*.png, {len(drawn)} *_curves.png")
     return 0
 
