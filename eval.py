@@ -38,7 +38,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from models import create_model
-from utils import checkpoint, data_utils, dist_util, metrics, pictures
+from utils import checkpoint, data_utils, dist_util, metrics
 from utils.augment import eval_augment, short_side
 from utils.cli import UserError, refuse, refusing
 from utils.datasets import ImageSet, data_words, load_data
@@ -46,7 +46,6 @@ from utils.device import autocast, choose_device, keep_memory, memory_limit, usa
 from utils.export import export
 from utils.image_folder import NOT_READ, files_in, is_image, kinds
 from utils.image_sources import as_rgb, read_image
-from utils.vis_utils import cells
 
 Images = str | Path | Image.Image | torch.Tensor | Sequence[str | Path | Image.Image | torch.Tensor]
 
@@ -163,8 +162,8 @@ class Classifier:
 
     def batches(self, images: ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images and labels for `evaluate`."""
-        args, words = self.args, dict(batch_size=self.args.eval_batch_size, device=self.device)
-        return data_utils.eval_batches(images, self.augment, num_workers=args.num_workers, **words)
+        words = dict(batch_size=self.args.eval_batch_size, num_workers=self.args.num_workers, device=self.device)
+        return data_utils.eval_batches(images, self.augment, **words)
 
 
 def load_run(path: str | Path, device: torch.device | str = "auto") -> Classifier:
@@ -182,6 +181,9 @@ def load_run(path: str | Path, device: torch.device | str = "auto") -> Classifie
 
 def score(run: Classifier, args: Namespace, folder: Path) -> None:
     """Evaluate on a split, draw the confusion matrix, and print both."""
+    from utils import pictures  # where something is drawn, as matplotlib takes a while
+    from utils.vis_utils import cells
+
     if not args.json:
         print(f"{run.name}: step {run.step}, {run.precision}, on {run.device.type}, {args.split} images")
     images = run.images_of(args.split)
@@ -260,6 +262,8 @@ def main(args: Namespace) -> int:
     if args.split != "test":
         run.name += f"_{args.split}"
     if args.plot:
+        from utils import pictures
+
         paths = pictures.draw_all(run, args.plot, folder, args.images, args.blocks, args.heads, args.split)
         print(json.dumps(paths) if args.json else "\n".join(paths.values()))
     elif args.export is not None:

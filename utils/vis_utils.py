@@ -1,7 +1,4 @@
-"""Drawing: tensors on the CPU and a title in, a figure out.
-
-matplotlib is imported where something is drawn, as it takes a while, and torch not at all.
-"""
+"""Drawing: tensors on the CPU and a title in, a figure out. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,12 +11,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from einops import rearrange
+from matplotlib import font_manager, rcParams
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from utils.cli import one_line
 
 if TYPE_CHECKING:
     import torch
 
+rcParams["text.parse_math"] = False  # a $ in a name is a $
 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names may be in any script
 
 
@@ -27,8 +28,6 @@ def legible(names: list[str]) -> list[str]:
     """All names of a picture as a font of this machine can write them: with further fonts than matplotlib's where these
     have their characters, else their places, `#3`, which a line on stderr explains.
     """
-    from matplotlib import font_manager, rcParams
-
     rcParams["font.family"] = ["DejaVu Sans"]
     missing = {ord(char) for name in names for char in name if char.isprintable()}
     missing -= set(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
@@ -49,8 +48,6 @@ def legible(names: list[str]) -> list[str]:
 
 def width(text: str, size: float) -> float:
     """Inches that a line takes at this size of the font; characters of other fonts are as wide as high."""
-    from matplotlib import font_manager
-
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     font.set_size(size, 72)
     narrow = "".join(char for char in text if cells(char) == 1)
@@ -69,13 +66,8 @@ def wrap(text: str, inches: float, size: float) -> str:
     return "\n".join(lines)
 
 
-def new_figure(width: float, height: float, title: str):
+def new_figure(width: float, height: float, title: str) -> Figure:
     """An empty figure of so many inches, that is only ever saved, never shown; the title's lines fit into it."""
-    from matplotlib import rcParams
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rcParams["text.parse_math"] = False  # a $ in a name is a $
     figure = Figure(figsize=(max(6.5, width), height), layout="constrained")
     FigureCanvasAgg(figure)
     title = wrap(title, figure.get_figwidth() - 0.3, 10)
