@@ -293,10 +293,9 @@ def most_confident_mistakes(run, batches: Iterable, limit: int = 25) -> dict:
         index = seen + torch.arange(len(labels), device=labels.device)
         wrong, seen = wrong + int(miss.sum()), seen + len(labels)
         found = dict(images=images, true=labels, predicted=predicted, probability=probability, index=index)
-        for name, values in found.items():
-            found[name] = torch.cat([kept[name], values[miss]]) if kept else values[miss]
-        order = found["probability"].argsort(descending=True, stable=True)[:limit]
-        kept = {name: values[order] for name, values in found.items()}
+        kept = {name: torch.cat([kept.get(name, values[:0]), values[miss]]) for name, values in found.items()}
+        order = kept["probability"].argsort(descending=True, stable=True)[:limit]
+        kept = {name: values[order] for name, values in kept.items()}
     return kept | {"wrong": wrong, "seen": seen}
 
 
