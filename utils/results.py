@@ -9,6 +9,7 @@ import logging
 import re
 import statistics
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,9 +210,7 @@ def read_board(folder: Path, tag: str) -> tuple[list[int], list[float]]:
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run replaced some steps is no news
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    if tag not in board.Tags()["scalars"]:
-        return [], []
-    events = board.Scalars(tag)
+    events = board.Scalars(tag) if tag in board.Tags()["scalars"] else []
     return [event.step for event in events], [event.value for event in events]
 
 
@@ -221,7 +220,7 @@ class Row:
 
     runs: list[Run]
     sizes: str = ""  # other than the model type's
-    apart: str = ""  # what tells the rows of the table from one another
+    apart: list[str] = field(default_factory=list)  # what tells the rows of the table from one another
 
     @property
     def run(self) -> Run:
@@ -229,7 +228,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        return f"{self.run.model}{'*' * self.run.pretrained}{self.sizes}{self.apart and f' ({self.apart})'}"
+        apart = f" ({', '.join(self.apart)})" if self.apart else ""
+        return f"{self.run.model}{'*' * self.run.pretrained}{self.sizes}{apart}"
 
     @property
     def legend(self) -> str:
@@ -251,24 +251,24 @@ def _tell_apart(rows: list[Row]) -> None:
     """
     for row in rows:
         usual, own = MODELS.get(row.run.model, {}), row.run.settings
-        differing = {name: own.get(key) for key, name in SIZES.items() if own.get(key) not in (None, usual.get(key))}
-        row.sizes = "".join(f", {name} {value}" for name, value in differing.items())
+        differing = [key for key in SIZES if own.get(key) not in (None, usual.get(key))]
+        row.sizes = "".join(f", {SIZES[key]} {own[key]}" for key in differing)
 
-    def alike() -> list[list[Row]]:
-        groups: dict[tuple, list[Row]] = {}
+    def alike() -> list[list[Run]]:
+        groups = defaultdict(list)
         for row in rows:
-            groups.setdefault((*row.run.kind, row.sizes, row.apart), []).append(row)
-        return [group for group in groups.values() if len({row.run.series for row in group}) > 1]
+            groups[*row.run.kind, row.sizes, *row.apart].append(row.run)
+        return [runs for runs in groups.values() if len({run.series for run in runs}) > 1]
 
     def show(what: Callable[[Run], str]) -> None:
         for row in rows:
-            row.apart = ", ".join(filter(None, [row.apart, what(row.run)]))
+            row.apart.append(what(row.run))
 
-    if any(len({row.run.name for row in group}) > 1 for group in alike()):
+    if any(len({run.name for run in runs}) > 1 for runs in alike()):
         show(lambda run: run.name)
     if len({row.run.num_steps for row in rows}) > 1:
         show(lambda run: f"{run.num_steps} steps")
-    groups = [[row.run.settings for row in group] for group in alike()]
+    groups = [[run.settings for run in runs] for runs in alike()]
     differing = {key: None for a, *others in groups for b in others for key in a | b if a.get(key) != b.get(key)}
     for i, key in enumerate(key for key in differing if key not in APART):
         if i < 3 or alike():
@@ -282,9 +282,9 @@ def tables(runs: list[Run]) -> dict[tuple[str, str], list[Row]]:
         norm = NORM_TYPES.index(run.norm) if run.norm in NORM_TYPES else len(NORM_TYPES)
         return run.model, norm, run.norm, run.pretrained, run.image_size, run.series, not run.finished, run.seed
 
-    found: dict[tuple[str, str], list[Row]] = {}
+    found = defaultdict(list)
     for run in sorted(runs, key=order):
-        rows = found.setdefault((run.dataset, run.chosen_on), [])
+        rows = found[run.dataset, run.chosen_on]
         if rows and run.finished and rows[-1].run.finished and rows[-1].run.series == run.series:
             rows[-1].runs.append(run)
         else:
