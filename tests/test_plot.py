@@ -107,6 +107,11 @@ def test_a_log_without_its_score_is_of_no_finished_run(tmp_path):
     text = (LOGS / f"{SCRATCH}.txt").read_text()
     (tmp_path / f"{SCRATCH}.txt").write_text(text.replace("Best Accuracy", "Best"))
     assert "67.48 so far, step 20000 of 20000" in call("plot.py", tmp_path).stdout
+    val = "t - INFO - x - Data: cifar10, 10 classes; the best checkpoint is chosen on 9 held-out images (val)\n"
+    (tmp_path / f"{SCRATCH}.txt").write_text(text + val)
+    assert not results.read_run(tmp_path / f"{SCRATCH}.txt").finished  # that score is of held-out images
+    (tmp_path / f"{SCRATCH}.txt").write_text(text.replace("Valid Accuracy", "Valid"))
+    assert not results.read_run(tmp_path / f"{SCRATCH}.txt").finished
 
 
 # ---------------------------------------------------------------- our own runs

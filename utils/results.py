@@ -153,10 +153,11 @@ def _read_attempt(path: Path, text: str) -> Run:
         run.steps.append(int(step))
         run.loss.append(float(loss))
         run.accuracy.append(float(accuracy))
-    best, on_test = fact(r"Best Accuracy: \t(\S+)"), fact(r"Test Accuracy: \t(\S+) \(last step (\S+)\)")
-    run.finished = bool(best and fact("End Training!"))
+    on_val = run.chosen_on == "val"  # then the best of the evaluations is no score of test images
+    score = fact(r"Test Accuracy: \t(\S+) \(last step (\S+)\)" if on_val else r"Best Accuracy: \t(\S+)")
+    run.finished = bool(run.steps and score and fact("End Training!"))
     if run.finished:
-        run.best, run.last = map(float, on_test.groups() if on_test else (best[1], run.accuracy[-1]))
+        run.best, run.last = map(float, score.groups() if on_val else (score[1], run.accuracy[-1]))
     if minutes := fact(r"last (\S+) min"):
         run.minutes = float(minutes[1])
     return run
