@@ -395,7 +395,7 @@ def print_plans(cells: list[tuple[str, Namespace]]) -> None:
     plans = [plan(args) for _, args in cells]
     for (command, _), (text, _) in zip(cells, plans, strict=True):
         print(f"{command}\n  {text}".lstrip("\n"))
-    if len(cells) > 1:
-        unknown = sum(minutes is None for _, minutes in plans)
-        without = f"; without {unknown} of unknown time" if unknown else ""
-        print(f"in all about {sum(minutes or 0 for _, minutes in plans):.0f} min, one after another{without}")
+    known = [minutes for _, minutes in plans if minutes is not None]
+    if len(cells) > 1 and known:
+        without = f"; without {len(plans) - len(known)} of unknown time" if len(known) < len(plans) else ""
+        print(f"in all about {sum(known):.0f} min, one after another{without}")
