@@ -229,6 +229,8 @@ def test_data_dir_alone_means_an_image_folder_where_it_holds_images(tmp_path):
     picture(tmp_path / "train" / "cat" / "2025" / "1.png")
     assert choose_dataset(None, str(tmp_path), None) == "imagefolder"
     assert choose_dataset("cifar10", str(tmp_path), None) == "cifar10"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert choose_dataset(None, str(tmp_path / "loop"), None) is None
 
 
 # ---------------------------------------------------------------- files

@@ -69,7 +69,7 @@ def choose_dataset(dataset: str | None, data_dir: str | None, labels: str | None
     if dataset is None and labels:
         return "imagefolder"
     if dataset is None and data_dir:
-        with contextlib.suppress(UserError, OSError):
+        with contextlib.suppress(UserError, OSError, RuntimeError):  # not there, or a link to itself
             files = (file for file in islice(files_in(data_dir), 10_000) if "caltech101" not in Path(file).parts)
             return "imagefolder" if any(map(is_image, files)) else None
     return dataset
