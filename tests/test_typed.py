@@ -216,6 +216,7 @@ WORDS = {
     "--evaluate": "(use -v true, scores; python plot.py draws curves)",
     "--ThreeAugment": "(use --aug dems, the nearest)",
     "--pretrained": "(use --pretrained_dir checkpoint/ViT-B_16.npz, weights are a file here)",
+    "--checkpoint_key student": "found by itself if it is one of model state_dict",
     "--checkpoint_key network": "found by itself if it is one of model state_dict",
     "--color-jitter 0.4": "(use --aug dems, the nearest)",
     "--cfgs a.gin": "(settings in files are @recipes/NAME.args here)",

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import tee
 
 import torch
@@ -25,7 +25,7 @@ from utils.dist_util import SIGNALS, waiting
 from utils.image_sources import MEND, Files, Ragged, Uniform, read_image
 
 PART = 2**24  # bytes of a part of a batch of many sizes
-_print_once = lru_cache(partial(print, file=sys.stderr))
+_print_once = lru_cache(lambda text: print(text, file=sys.stderr))
 
 
 @lru_cache(maxsize=4)

@@ -76,6 +76,7 @@ ROWS = [
     ("build_transform.std", "--std {}", ""),
 ]
 ANSWERS = {flag: (use, why) for flags, use, why in ROWS for flag in flags.split()}
+FOUND = [key for key in PLAIN + AVERAGED if key != "student"]  # beside a student there is a teacher, which is taken
 OF_MODELS = ("--model_type", "--pretrained_dir", "--img_size", "--patch_size", "--mean", "--std")  # for eval.py to tell
 
 
@@ -144,8 +145,8 @@ def answers(words: list[str], flags: Container[str]) -> tuple[list[str], list[st
                 (f"--gin {key}={value}", " ".join(re.findall(r"[\w.+-]+", value)), ANSWERS.get(key, ("", "not here")))
                 for key, value in settings
             ]
-        elif flag == "--checkpoint_key" and value not in AVERAGED + PLAIN:
-            found = [(text, value, ("", f"found by itself if it is one of {' '.join(PLAIN + AVERAGED)}"))]
+        elif flag == "--checkpoint_key" and value not in FOUND:
+            found = [(text, value, ("", f"found by itself if it is one of {' '.join(FOUND)}"))]
         for text, value, answer in found:
             if answer is None:
                 here += raw
