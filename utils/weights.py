@@ -87,7 +87,7 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
         _rename(file)
         told |= _read_beside(path) if path.suffix != ".npz" else {}  # Google's files say it all themselves
         for where, facts in told.items():
-            with refusing(f"{where}: not understood", "put it right, or elsewhere"):
+            with refusing(f"{where}: not understood", "mend it, or move it away from the weights"):
                 named += _take_facts(file, where, facts)
         rotary = [name for name in named if re.search(r"(?<![a-z])rope", name.lower())]  # some files hold nothing of it
         refuse(rotary, f"{path}: {', '.join(rotary)}: rotary positions, which no model here has")
