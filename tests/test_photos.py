@@ -157,7 +157,7 @@ def test_layouts_without_a_way_through(tmp_path):
     assert "no class folders in it" in message(tmp_path / "b") and "--labels FILE.csv" in message(tmp_path / "b")
     write_classes(tmp_path / "c", cat=2, dog=2)
     write_classes(tmp_path / "c" / "test", cat=2, dog=2)
-    assert "has no train/; it holds test/" in message(tmp_path / "c")
+    assert "has no train/; put CLASS folders into one, beside test/" in message(tmp_path / "c")
     for name in ("val", "Valid", "train"):
         write_classes(tmp_path / "d" / name, cat=2, dog=2)
     assert "are both the val images" in message(tmp_path / "d")

@@ -204,7 +204,7 @@ def load_data(
     root = Path(data_dir)
     splits, found, notes = _read(dataset, root, split=emnist_split, labels=labels)
     if train and classes is None:  # of a run; another one may score data that is split already
-        refuse("train" not in splits, f"--data_dir {root}: has no train/; it holds {', '.join(splits)}/")
+        refuse("train" not in splits, f"{root}: has no train/; put CLASS folders into one, beside {', '.join(splits)}/")
         refuse(test_fraction and "test" in splits, f"--test_fraction {test_fraction}: {root} has test images already")
         if val_fraction and splits.keys() >= {"val", "test"}:
             notes.append(f"There are validation images, so --val_fraction {val_fraction} holds out no others")
