@@ -577,12 +577,6 @@ def test_odd_images_are_read(tmp_path):
     assert (rgb(tmp_path / "moving.gif") == red).all()  # the first frame
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
     assert (rgb(tmp_path / "moving.webp") == red).all()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # 'turn by 90 degrees', ignored as in torchvision's ImageFolder
-    flat.save(tmp_path / "turned.png", exif=exif)
-    assert rgb(tmp_path / "turned.png").shape == (4, 6, 3)
-    flat.save(tmp_path / "turned.tif", exif=exif)
-    assert rgb(tmp_path / "turned.tif").shape == (6, 4, 3)  # as there, too: Pillow turns this format itself
 
 
 def test_odd_names_are_names(good, tmp_path):

@@ -16,7 +16,7 @@ from utils.cli import UserError
 from utils.data_utils import PART, eval_batches
 from utils.datasets import load_data
 from utils.image_folder import choose_dataset, hold_out
-from utils.image_sources import Files, Ragged, read_image
+from utils.image_sources import TURNS, Files, Ragged, as_rgb, read_image
 
 HALF = ([0.5] * 3, [0.5] * 3)
 
@@ -322,6 +322,55 @@ def test_pixels_of_32_bits_are_refused(tmp_path, mode, kind):
 def test_gray_of_16_bits_is_scaled(tmp_path, kind):
     Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)).save(tmp_path / f"a.{kind}")
     assert np.asarray(read_image(tmp_path / f"a.{kind}"))[:, :, 0].flatten().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("memory_limit", [1.0, 0.0])
+def test_photos_are_turned_upright(tmp_path, kind, memory_limit):
+    """Stored lying or mirrored, with EXIF's orientation, as by phones; in memory, streamed, and as PIL images."""
+    upright = np.zeros((96, 64, 3), np.uint8)
+    upright[:24, :, 0], upright[:, :16, 1] = 250, 250  # red above, green on the left: no symmetry
+    for number in range(1, 9):
+        stored = Image.fromarray(upright)
+        if number > 1:  # the inverse of the turn: itself but for quarters
+            stored = stored.transpose({6: TURNS[8], 8: TURNS[6]}.get(number, TURNS.get(number)))
+        exif = Image.Exif()
+        exif[0x0112] = number
+        path = tmp_path / str(number % 2) / f"{number}.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        stored.save(path, exif=exif, **{} if kind in ("png", "tif") else dict(quality=100))
+        assert np.abs(np.asarray(read_image(path)).astype(int) - upright).mean() < 8, number
+        small = np.asarray(read_image(path, 32)).astype(int)
+        assert small.shape == (48, 32, 3) and np.abs(small - upright[::2, ::2]).mean() < 12, number
+        again = as_rgb(read_image(path))
+        assert np.array_equal(np.asarray(again), np.asarray(read_image(path))), number
+        with Image.open(path) as opened:
+            assert np.array_equal(np.asarray(as_rgb(opened)), np.asarray(read_image(path))), number
+    data = load_data("imagefolder", tmp_path, memory_limit=memory_limit, short_side=32)
+    assert data.train.sizes.tolist() == [[48, 32]] * 6
+    augment = Augment(32, *HALF)
+    for images, _ in eval_batches(data.train, augment, batch_size=8, device=torch.device("cpu")):
+        top, left, rest = images[:, :, 2, 20:], images[:, :, 20:, 2], images[:, :, 16:, 16:]
+        assert (top[:, 0] > 0.8).all() and (left[:, 1] > 0.8).all() and (rest < -0.8).all()
+
+
+def test_orientation_that_is_none_is_left_alone(tmp_path):
+    """A number that EXIF does not have, EXIF that is none, and one behind a PNG's pixels, which Pillow reads last."""
+    flat = Image.new("RGB", (6, 4), (9, 9, 9))
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    flat.save(tmp_path / "nine.jpg", exif=exif)
+    flat.save(tmp_path / "broken.jpg", exif=b"Exif\0\0nothing of the kind")
+    exif[0x0112] = 6
+    flat.save(tmp_path / "late.png", exif=exif)
+    whole = (tmp_path / "late.png").read_bytes()
+    start = whole.index(b"eXIf") - 4
+    chunk = whole[start : start + 12 + int.from_bytes(whole[start : start + 4], "big")]
+    end = whole.index(b"IEND") - 4
+    (tmp_path / "late.png").write_bytes(whole[:start] + whole[start + len(chunk) : end] + chunk + whole[end:])
+    for name in ("nine.jpg", "broken.jpg", "late.png"):
+        assert read_image(tmp_path / name).size == (6, 4)
+        assert as_rgb(read_image(tmp_path / name)).size == (6, 4)
 
 
 # ---------------------------------------------------------------- large images

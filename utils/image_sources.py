@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -73,6 +73,10 @@ def kept_size(height: int, width: int, short_side: int | None) -> tuple[int, int
 
 
 MEND = "mend or remove it"
+# How an image of each of EXIF's orientations becomes upright.
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM}
+TURNS |= {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
+TURNS |= {8: Image.Transpose.ROTATE_90}
 
 
 @contextlib.contextmanager
@@ -81,35 +85,49 @@ def _opened(path: str | os.PathLike):
         yield image
 
 
+def orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8, of pixels as they are stored: 1 for upright, from 5 on lying. Pillow itself turns TIFF."""
+    with contextlib.suppress(Exception):  # an image may be whole where its EXIF is not
+        found = Image.Image.getexif(image)[ExifTags.Base.Orientation]  # of a PNG, unlike its own, without decoding it
+        return found if found in TURNS and image.format != "TIFF" else 1
+    return 1
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Without transparency, and with 16-bit gray scaled to 8 bits. ValueError: integers or floats of 32 bits."""
+    """Upright, without transparency, and with 16-bit gray scaled to 8 bits. ValueError: 32 bits a pixel and channel."""
+    turn = TURNS.get(orientation(image))
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those hold 16
         raise ValueError("pixels of 32 bits, which have no agreed range; convert them to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit gray; Pillow's convert would cut it at 255
         levels = np.asarray(image, dtype=np.float32) / 257
         image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info = {}  # which would have it turned again
+    return image
 
 
 def read_image(path: str | os.PathLike, short_side: int | None = None) -> Image.Image:
-    """Read the first frame of an image as RGB, its shorter side reduced to `short_side` where it is longer.
+    """Read the first frame of an image `as_rgb`, its shorter side reduced to `short_side` where it is longer.
 
-    As in torchvision's ImageFolder, EXIF's orientation is ignored, but in TIFF, which Pillow itself turns; see
-    `as_rgb`. UserError if it is no image, truncated, too large for Pillow, or of 32 bits a pixel and channel.
+    UserError if it is no image, truncated, too large for Pillow, or of 32 bits a pixel and channel.
     """
     with _opened(path) as image:
+        lying = orientation(image) >= 5
         height, width = kept_size(image.height, image.width, short_side)
         reduced = (width, height) != image.size
         if reduced:  # JPEG is decoded at a half, a quarter or an eighth, where that is still twice as large
             image.draft(None, (2 * width, 2 * height))
         image = as_rgb(image)
         image.load()
-        return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0) if reduced else image
+        size = (height, width) if lying else (width, height)
+        return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0) if reduced else image
 
 
 def _size(path: str) -> tuple[int, int]:
     with _opened(path) as image:
-        return image.height, image.width
+        return image.size if orientation(image) >= 5 else image.size[::-1]
 
 
 def _map_with_bar(
@@ -133,7 +151,7 @@ def _map_with_bar(
 
 
 def _fingerprint(paths: Sequence[str], root: Path, short_side: int | None) -> str:
-    digest = hashlib.sha256(f"kept at {short_side}".encode())
+    digest = hashlib.sha256(f"upright, kept at {short_side}".encode())
     for path in paths:
         with contextlib.suppress(OSError):  # it will be named as broken
             info = os.stat(path)
