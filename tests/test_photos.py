@@ -1,5 +1,7 @@
 """A user's own folder of images: which files count, how they are split, what is kept of large ones."""
 
+import sys
+import types
 import unicodedata
 
 import numpy as np
@@ -15,7 +17,7 @@ from utils.augment import Augment
 from utils.cli import UserError
 from utils.data_utils import PART, eval_batches
 from utils.datasets import load_data
-from utils.image_folder import choose_dataset, hold_out
+from utils.image_folder import choose_dataset, hold_out, suffixes
 from utils.image_sources import TURNS, Files, Ragged, as_rgb, read_image
 
 HALF = ([0.5] * 3, [0.5] * 3)
@@ -164,7 +166,7 @@ def test_layouts_without_a_way_through(tmp_path):
     write_classes(tmp_path / "e", cat=2)
     (tmp_path / "e" / "dog").mkdir()
     (tmp_path / "e" / "dog" / "1.heic").touch()
-    assert "dog: no images in it (it holds 1 .heic)" in message(tmp_path / "e")
+    assert "dog: no images in it (it holds 1 .heic; pip install pillow-heif to read HEIC)" in message(tmp_path / "e")
     write_classes(tmp_path / "f" / "train", cat=2, dog=2)
     write_classes(tmp_path / "f" / "test", cat=2, dog=2)
     assert "has test images already" in message(tmp_path / "f", test_fraction=0.5)
@@ -352,6 +354,21 @@ def test_photos_are_turned_upright(tmp_path, kind, memory_limit):
     for images, _ in eval_batches(data.train, augment, batch_size=8, device=torch.device("cpu")):
         top, left, rest = images[:, :, 2, 20:], images[:, :, 20:, 2], images[:, :, 16:, 16:]
         assert (top[:, 0] > 0.8).all() and (left[:, 1] > 0.8).all() and (rest < -0.8).all()
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
+    """That package adds its format to Pillow's; this one says that .heic is PNG."""
+    write_classes(tmp_path, cat=5, dog=5)
+    for path in [*tmp_path.glob("*/*.png")]:
+        path.rename(path.with_suffix(".HEIC"))
+    assert choose_dataset(None, str(tmp_path), None) == "imagefolder"  # where the package is missing, too
+    package = types.SimpleNamespace(register_heif_opener=lambda: monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    suffixes.cache_clear()
+    try:
+        assert len(load_data("imagefolder", tmp_path).train) == 8
+    finally:
+        suffixes.cache_clear()
 
 
 def test_orientation_that_is_none_is_left_alone(tmp_path):

@@ -26,9 +26,13 @@ NOT_READ = "Not read, as no image for this Pillow"
 
 @lru_cache
 def suffixes() -> frozenset[str]:
-    """Of all formats that the installed Pillow reads, in lower case."""
+    """Of all formats that the installed Pillow reads, in lower case; where pillow-heif is installed, HEIC, too."""
     from PIL import Image
 
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     Image.init()
     formats = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in formats if kind in Image.OPEN and kind not in NO_FORMATS)
@@ -71,7 +75,7 @@ def choose_dataset(dataset: str | None, data_dir: str | None, labels: str | None
     if dataset is None and data_dir:
         with contextlib.suppress(UserError, OSError, RuntimeError):  # not there, or a link to itself
             files = (file for file in islice(files_in(data_dir), 10_000) if "caltech101" not in Path(file).parts)
-            return "imagefolder" if any(map(is_image, files)) else None
+            return "imagefolder" if any(is_image(file) or suffix_of(file) == ".heic" for file in files) else None
     return dataset
 
 
@@ -84,7 +88,8 @@ def check_known(where: Path | str, found: Iterable[str], classes: list[str]) -> 
 def kinds(files: Iterable[str]) -> str:
     """How many files of each suffix, as '3 .txt, 1 .pdf', the most frequent first."""
     counted = Counter(suffix_of(file) or "without suffix" for file in files)
-    return ", ".join(f"{n} {suffix}" for suffix, n in counted.most_common())
+    heic = "; pip install pillow-heif to read HEIC" if ".heic" in counted else ""
+    return ", ".join(f"{n} {suffix}" for suffix, n in counted.most_common()) + heic
 
 
 def class_folders(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str, list[str]], list[str]]:

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from utils.cli import UserError, refusing
+from utils.image_folder import suffixes
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is read or refused
 
@@ -81,6 +82,7 @@ TURNS |= {8: Image.Transpose.ROTATE_90}
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike):
+    suffixes()  # Pillow knows all formats then, in every process
     with refusing(f"{path}: not a readable image", MEND), Image.open(path) as image:
         yield image
 
