@@ -71,6 +71,23 @@ def test_the_split_is_the_same_on_every_machine():
     assert len(hold_out(["cat/\udcff.jpg", "cat/1.jpg"], [0, 0], 0.5, 42)[1]) == 1  # a name that is no UTF-8
 
 
+@pytest.mark.parametrize("split, words", [("test", {}), ("val", dict(val_fraction=0.2))])
+@pytest.mark.parametrize("height", [20, 21])  # all images of one size, or not
+def test_copies_on_both_sides_are_named(tmp_path, split, words, height):
+    """A photo that lies in the folder twice, under two names, must not be learnt and tested."""
+    for i in range(12):
+        picture(tmp_path / "cat" / f"{i}.png", colour=(i, 0, 0))
+        picture(tmp_path / "dog" / f"{i}.png", (20, height), colour=(i, 9, 0))
+    clean = load_data("imagefolder", tmp_path, **words)
+    assert not any("are copies of" in note for note in clean.notes)
+    held = dict(test=clean.test, val=clean.valid)[split]
+    (tested, *_), (learnt, *_) = ([part.paths[i] for i in part.ids.tolist()] for part in (held, clean.train))
+    Image.open(learnt).save(tested, optimize=True)  # the same pixels in another file
+    n = len(held)
+    expected = f"1 of {n} images that are held out are copies of training images, as {tested} of {learnt}; remove"
+    assert expected in said(load_data("imagefolder", tmp_path, **words), "are copies of")
+
+
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.floats(0, 0.99), st.integers(0, 5))
 def test_hold_out_takes_a_share_of_each_class_and_leaves_one(labels, fraction, seed):
     stays, held = hold_out([str(i) for i in range(len(labels))], labels, fraction, seed)

@@ -75,6 +75,21 @@ class ImageSet:
         return {name: [n, digests[name].hexdigest()[:16]] for name, n in zip(classes, count, strict=True)}
 
 
+def copies(training: ImageSet, held: ImageSet) -> list[str]:
+    """A line for the log where files that are held out are in training, too, under other names; of those in memory."""
+
+    def pixels(part: ImageSet) -> list[int]:
+        return [hash(part.source.take(each).numpy().tobytes()) for each in part.ids.split(1)]
+
+    if not held.paths or isinstance(held.source, Files):
+        return []
+    known = dict(zip(pixels(training), training.ids.tolist(), strict=True))
+    pairs = [(i, known[key]) for i, key in zip(held.ids.tolist(), pixels(held), strict=True) if key in known]
+    as_this = " of ".join(held.paths[i] for i in pairs[0]) if pairs else ""
+    what = f"{len(pairs)} of {len(held)} images that are held out are copies of training images, as {as_this}"
+    return [f"{what}; remove them, as they make scores too good"] * bool(pairs)
+
+
 @dataclass
 class Data:
     """A data set ready for training."""
@@ -232,11 +247,13 @@ def load_data(
     if drawn:
         training, test = training.hold_out(test_fraction, seed, root)
         refuse(not len(test), f"{root}: too few images a class to test on {test_fraction} of them; put some into test/")
+        notes += copies(training, test)
     if test is None:
         test, valid = valid, None
     if training is not None and val_fraction and valid is None:
         training, valid = training.hold_out(val_fraction, seed, root)
         refuse(not len(valid), f"--val_fraction {val_fraction} holds out no image; each class has too few")
+        notes += copies(training, valid)
     parts = {"train": training, "val": valid, "test": test}
     files = {name: part.fingerprint(root, found) for name, part in parts.items() if part}
     notes.insert(0, describe_classes(files, found))
