@@ -11,6 +11,7 @@ from utils.cli import UserError
 from utils.weights import load_weights, read_weights, resize_pos_embed
 
 TINY = dict(patch_size=4, **SIZES)
+OWN = dict(args={}, classes=["a"], config={}, precision="fp32")  # of a checkpoint of train.py, beside its weights
 
 
 def tiny(**changes):
@@ -61,9 +62,7 @@ def test_rows_of_a_position_embedding(tmp_path):
     model = tiny()
     load_weights(model, tmp_path / "deit3.pth")
     assert not model.pos_embed[0, 0].any() and torch.equal(model.pos_embed[:, 1:], pos)
-    own = dict(
-        model=tiny(image_size=(8, 16)).state_dict(), args={}, classes=[], config=dict(image_size=(8, 16), patch_size=4)
-    )
+    own = OWN | dict(model=tiny(image_size=(8, 16)).state_dict(), config=dict(image_size=(8, 16), patch_size=4))
     torch.save(own, tmp_path / "run_checkpoint.bin")
     load_weights(model, tmp_path / "run_checkpoint.bin")
     rows = own["model"]["pos_embed"][0, 1:].view(2, 4, 32)
@@ -115,7 +114,7 @@ def test_checkpoints_of_this_project(tmp_path):
     """Other files hold no flags; an average is what counts; an exact load needs all of a model's weights."""
     state, path = tiny().state_dict(), tmp_path / "run.bin"
     average = {f"module.{name}": value + 1 for name, value in state.items()} | {"n_averaged": torch.tensor(3)}
-    run = dict(model=state, average=average, args={"mean": [0.0], "std": [1.0]}, classes=["a"])
+    run = OWN | dict(model=state, average=average, args={"mean": [0.0], "std": [1.0]})
     torch.save(run, path)
     file = read_weights(path)
     assert file.own["args"] == run["args"] and file.normalize == ([0.0], [1.0]) and file.origin == "this project"
@@ -123,9 +122,11 @@ def test_checkpoints_of_this_project(tmp_path):
     model = tiny()
     assert not load_weights(model, path, exact=True).ignored
     assert all(torch.equal(model.state_dict()[name], value + 1) for name, value in state.items())
-    for other in (state, {"model": state}):
+    theirs = dict(model={f"vit.{name}": v for name, v in state.items()}, classes=["a"], args={"mean": 0.5, "seed": "x"})
+    for other in (state, {"model": state}, theirs, theirs | {"config": "vit.yaml"}):
         torch.save(other, path)
-        assert read_weights(path).own == {}
+        file = read_weights(path)
+        assert file.own == {} and file.normalize is None and file.state.keys() == state.keys()
     torch.save({name: value for name, value in state.items() if not name.startswith("head.")}, path)
     assert str(load_weights(model, path)) == "30 tensors loaded; re-initialised: head.weight, head.bias"
     with pytest.raises(UserError, match="lacks head.weight, head.bias"):
@@ -146,7 +147,7 @@ def test_merges_before_other_blocks(tmp_path):
     words = SIZES | dict(depth=3, image_size=32, patch_size=4, num_classes=10, merge_num=(16, 8))
     first, other = (create_model("DEMS-Ti", **words, merge_layer=layers) for layers in ((1, 2), (2, 3)))
     path, config = tmp_path / "run.bin", dict(merge_layer=[1, 2])
-    torch.save(dict(model=first.state_dict(), args={}, classes=["a"], config=config), path)
+    torch.save(OWN | dict(model=first.state_dict(), config=config), path)
     assert len(load_weights(first, path).loaded) == len(first.state_dict())
     with pytest.raises(UserError, match=r"merges tokens before blocks \[1, 2\], the model before \[2, 3\]"):
         load_weights(other, path)

@@ -66,8 +66,8 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
     else:
         held = checkpoint.read_file(path)
         held = held if isinstance(held, dict) else {}
-        if {"model", "classes"} <= held.keys() and isinstance(held.get("args"), dict):
-            file.own = {name: held.get(name) for name in ("args", "classes", "config")}
+        if {"model", "args", "classes", "config", "precision"} <= held.keys():  # others have some of them, too
+            file.own = {name: held[name] for name in ("args", "classes", "config")}
             file.state = checkpoint.kept_weights(held)
         else:
             file.state = _find_tensors(held, file.notes)
@@ -80,8 +80,7 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
     refuse(not file.state, f"{path}: holds no weights")
     if file.own:
         file.origin = "this project"
-        args, config = file.own["args"], file.own["config"] or {}
-        file.heads = config.get("heads")
+        args, file.heads = file.own["args"], file.own["config"].get("heads")
         file.normalize = (args["mean"], args["std"]) if args.get("mean") and args.get("std") else None
     else:
         _rename(file)
