@@ -262,6 +262,19 @@ def test_pretraining_without_classes(kind, tmp_path):
     assert "mean 0.485 0.456 0.406" in text  # by default as for the weights
 
 
+def test_layers_around_a_model(tmp_path):
+    """They may have its names: neither of two tensors of one name is left out in silence."""
+    body = {f"backbone.{name}": value for name, value in timm_vit(num_classes=0).state_dict().items()}
+    head = {"head.weight": torch.ones(CLASSES, 32), "head.bias": torch.ones(CLASSES)}
+    norm = {"norm.weight": torch.ones(32), "norm.bias": torch.ones(32)}
+    for outer in (body | norm | head, norm | head | body):
+        _, path = saved(None, tmp_path, outer)
+        for exact in (True, False):
+            assert re.search(r": (backbone\.)?norm.weight is a second norm.weight: ", message(ours(), path, exact=exact))
+    _, path = saved(None, tmp_path, body | head)
+    assert len(load_weights(ours(), path, exact=True).loaded) == 32
+
+
 def test_jeonsworld_as_safetensors(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     write_google_npz(tmp_path / "w.npz", **SIZES, patch=7, grid=4, classes=CLASSES)

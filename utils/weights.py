@@ -145,11 +145,13 @@ def _rename(file: WeightFile) -> None:
     parts = root.split(".")[:-1]
     cuts = [".".join(parts[:n]) + "." for n in range(len(parts), 0, -1)]  # a head may stand beside the rest
     state = {}
-    for name, tensor in file.state.items():
-        name = name.removeprefix(next((cut for cut in cuts if name.startswith(cut)), ""))
+    for its, tensor in file.state.items():
+        name = its.removeprefix(next((cut for cut in cuts if its.startswith(cut)), ""))
         for pattern, replacement in origin.names:
             name = re.sub(pattern, replacement, name)
-        state.setdefault(name, tensor)
+        second = f"{file.path}: {its} is a second {name}: no place for layers around a model; save the model's alone"
+        refuse(name in state, second)
+        state[name] = tensor
     file.origin, normalize = origin.project, origin.normalize
     if not origin.names:
         kinds = [kind for kind in weight_names.PRETRAINED if any(kind[0] in name for name in file.state)]
