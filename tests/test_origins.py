@@ -270,9 +270,20 @@ def test_layers_around_a_model(tmp_path):
     for outer in (body | norm | head, norm | head | body):
         _, path = saved(None, tmp_path, outer)
         for exact in (True, False):
-            assert re.search(r": (backbone\.)?norm.weight is a second norm.weight: ", message(ours(), path, exact=exact))
+            assert "norm.weight is a second norm.weight: no place" in message(ours(), path, exact=exact)
     _, path = saved(None, tmp_path, body | head)
     assert len(load_weights(ours(), path, exact=True).loaded) == 32
+
+
+@pytest.mark.parametrize("layer", ["pre_logits", "pooler", "projector", "predictor"])
+def test_layers_before_the_head(layer, tmp_path):
+    """Fine-tuning leaves them out; a head that reads them is not scored without, and one that isn't there is named."""
+    state = timm_vit().state_dict() | {f"{layer}.weight": torch.ones(32, 32), f"{layer}.bias": torch.ones(32)}
+    _, path = saved(None, tmp_path, state)
+    assert load_weights(ours(), path).ignored == [f"{layer}.weight", f"{layer}.bias"]
+    assert f"{layer}.weight, {layer}.bias: no place for it in ViT" in message(ours(), path, exact=True)
+    _, path = saved(None, tmp_path, {name: value for name, value in state.items() if not name.startswith("head.")})
+    assert ": lacks head.weight, head.bias; " in message(ours(), path, exact=True)
 
 
 def test_jeonsworld_as_safetensors(tmp_path):

@@ -130,10 +130,9 @@ NORMS = r"^(?:blocks\.\d+\.)?(?:norm[12]?|bias[12])\.(?!running_)|^blocks\.\d+\.
 # Tensors that change nothing of what a model computes.
 HARMLESS = (
     r"^decoder[._]", r"^mask_token$", r"^masked_embed$",  # of pretraining by reconstruction
-    r"^(?:base_encoder|momentum_encoder|predictor|projector|student|teacher)\.",  # other networks of a pretraining
-    r"^pooler\.",  # of Hugging Face's, not on the way to its logits
+    r"^(?:base_encoder|momentum_encoder|student|teacher)\.",  # other networks of a pretraining
     r"^n_averaged$",  # of torch's AveragedModel
 )
-# What a new head does without: layers before the old one, which the published implementations leave out, too.
-HARMLESS_AT_FINE_TUNING = (r"^pre_logits\.",)
+# What fine-tuning does without, as in the published implementations: layers before a head.
+HARMLESS_AT_FINE_TUNING = (r"^(?:pre_logits|pooler|predictor|projector)\.",)
 # fmt: on

@@ -317,7 +317,7 @@ def _check_names(
     renewed = norms if others and not exact else set()  # all of them, as BN's and GN's have names in common
     left = [name for name in state if name not in target or name in renewed]
     missing = [name for name in target if name not in state or name in renewed]
-    harmless = weight_names.HARMLESS if exact else weight_names.HARMLESS + weight_names.HARMLESS_AT_FINE_TUNING
+    harmless = weight_names.HARMLESS + weight_names.HARMLESS_AT_FINE_TUNING * (not (exact and keep_head))
     harmless = harmless if keep_head else (*harmless, r"^head\.")  # that of a pretraining
     strange = [name for name in left if name not in renewed and not any(re.search(each, name) for each in harmless)]
     refuse(strange, f"{path}: {_few(strange)}: no place for it in {type(model).__name__}; {way_out}")
