@@ -227,6 +227,12 @@ def test_tensors_on_the_meta_device_hold_nothing(tmp_path):
     assert "norm.weight does not fit (Tensor.item() " in message(load_weights, tiny(), tmp_path / "w.pth")
 
 
+def test_layer_scale_of_another_length(tmp_path):
+    for scale in (torch.ones(1), torch.ones(33), torch.ones(32, 1), torch.ones(())):
+        torch.save(tiny().state_dict() | {"blocks.0.ls1.gamma": scale}, tmp_path / "w.pth")
+        assert "blocks.0.ls1.gamma: no place for it in ViT" in message(load_weights, tiny(), tmp_path / "w.pth")
+
+
 def test_attention_in_parts_must_be_whole(tmp_path):
     state = tiny().state_dict()
     parts = dict(zip(("q", "k", "v"), state.pop("blocks.0.attn.qkv.weight").chunk(3), strict=True))

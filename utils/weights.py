@@ -211,7 +211,7 @@ def _fold_layer_scale(state: State, target: State) -> State:
     for name in [name for name in state if name not in target]:
         match = re.match(weight_names.LAYER_SCALE, name)
         linear = match and f"{match[1]}.{'attn.proj' if '1' in match.groups() else 'mlp.fc2'}"
-        if match and f"{linear}.weight" in state:
+        if match and f"{linear}.weight" in state and state[name].shape == state[f"{linear}.weight"].shape[:1]:
             scale = state.pop(name).float()
             for part in state.keys() & {f"{linear}.weight", f"{linear}.bias"}:
                 state[part] = torch.einsum("o,o...->o...", scale, state[part].float())
