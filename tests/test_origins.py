@@ -528,16 +528,19 @@ def test_pixels_of_an_export_beside_a_model_of_others(tmp_path):
         assert read_weights(path).normalize == ([mean] * 3, [0.5] * 3)
 
 
-def test_hugging_faces_classes_in_another_order(tmp_path):
+@pytest.mark.parametrize("word", ["id2label", "label_names"])
+def test_classes_in_another_order(word, tmp_path):
     """Scored as they stand, most images would be wrong; a head in the order of the data is taken."""
     _, path = hugging_face("ViT", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text()) | {"id2label": None}
     score = ["train.py", "--name", "x", *TINY, "-v", "--load_model_dir", path]
     classes = load_data("fashionmnist-mini", train=False).classes
     line = "has other classes than fashionmnist-mini, or another order; try --pretrained_dir"
     for names in (classes, list("abcdefghij"), classes[::-1]):
-        (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": dict(enumerate(names))}))
-        assert (line in in_process(*score).stderr) == (names == classes[::-1])
+        named = [dict(enumerate(names)), names][: 1 + (word == "label_names")]  # timm's may be a list
+        for config[word] in named:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            assert (line in in_process(*score).stderr) == (names == classes[::-1])
     words = ["--name", "x", *TINY, "--num_steps", 1, "--pretrained_dir", path, *places(tmp_path)]
     run("train.py", *words)
     text = next((tmp_path / "output").glob("*.txt")).read_text()

@@ -186,8 +186,8 @@ def _take_facts(file: WeightFile, path: Path, facts: dict) -> list[str]:
         scale = 255 * (facts.get("rescale_factor") or 1 / 255)
         file.normalize = tuple([value / scale for value in part] * (3 // len(part)) for part in pixels)
     file.heads = facts.get("num_heads") or facts.get("num_attention_heads") or file.heads
-    if names := facts.get("id2label"):
-        file.labels = [names[i] for i in sorted(names, key=int)]
+    if names := facts.get("id2label") or facts.get("label_names"):  # of Hugging Face, of timm
+        file.labels = [names[i] for i in sorted(names, key=int)] if isinstance(names, dict) else [*names]
     config, classes = facts.get("model"), facts.get("classes")
     if isinstance(config, dict) and "model_type" in config and isinstance(classes, list):  # by eval.py --export
         file.own, file.heads = dict(config=config, classes=classes, args=facts), config.get("heads")
