@@ -412,8 +412,11 @@ def test_what_only_flags_beside_the_weights_tell(tmp_path):
         ({"hidden_act": "relu"}, "config.json: activation 'relu'"),
         ({"model_args": {"act_layer": "quick_gelu"}}, "config.json: activation 'quick_gelu'"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps(facts))
-        assert expected in message(ours(), path)
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / "config.json").write_text(json.dumps(facts), encoding=encoding)
+            assert expected in message(ours(), path)
+    (tmp_path / "config.json").write_text('{"num_heads": 4,}')
+    assert re.search(r"config.json: no JSON \(.+\); mend it, or move it away", message(ours(), path))
 
 
 def test_vit_s_of_moco_v3_has_twice_as_many_heads(tmp_path):

@@ -167,8 +167,8 @@ def _read_beside(path: Path) -> dict[Path, dict]:
     """What JSON files of timm, Hugging Face and `eval.py --export` say beside weights, the nearest last."""
     found = {}
     for file in (path.with_name("preprocessor_config.json"), path.with_name("config.json"), path.with_suffix(".json")):
-        with contextlib.suppress(OSError, ValueError):  # not there, or no JSON
-            found[file] = json.loads(file.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError), refusing(f"{file}: no JSON", "mend it, or move it away", ValueError):
+            found[file] = json.loads(file.read_text(encoding="utf-8-sig"))  # Windows' editors write a mark in front
     return {file: facts for file, facts in found.items() if isinstance(facts, dict)}
 
 
