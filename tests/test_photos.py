@@ -1,5 +1,6 @@
 """A user's own folder of images: which files count, how they are split, what is kept of large ones."""
 
+import signal
 import sys
 import types
 import unicodedata
@@ -473,6 +474,26 @@ def test_where_the_cache_lies(tmp_path):
     assert path.stat().st_mtime_ns == before
     data = load_data("imagefolder", tmp_path / "photos", cache_dirs=[])
     assert said(data, "Images, train").endswith("; no cache")
+
+
+@pytest.mark.parametrize("memory_limit", [1.0, 0.0])
+def test_a_link_to_nothing_beside_cached_images(tmp_path, memory_limit):
+    """The cache of the others isn't taken for one of all, whose labels would then be those of their neighbours."""
+    write_classes(tmp_path, cat=5, dog=5)
+    load_data("imagefolder", tmp_path, memory_limit=memory_limit)
+    (tmp_path / "cat" / "00.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UserError, match="cat/00.png: not a readable image .No such file"):
+        load_data("imagefolder", tmp_path, memory_limit=memory_limit)
+    data = load_data("imagefolder", tmp_path, memory_limit=memory_limit, skip_broken=True)
+    assert len(data.train) + len(data.test) == 10 and len(data.train.source.sizes) == 11
+
+
+def test_ctrl_c_while_the_cache_is_written_leaves_nothing(tmp_path, monkeypatch):
+    write_classes(tmp_path, cat=3, dog=3)
+    monkeypatch.setattr(np, "savez", lambda file, **arrays: file.write(b"half") and signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        load_data("imagefolder", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat", "dog"]
 
 
 def test_the_data_is_shown_before_the_first_step(tmp_path):

@@ -39,7 +39,7 @@ def suffixes() -> frozenset[str]:
 
 
 def suffix_of(path: str | os.PathLike) -> str:
-    return os.path.splitext(path)[1].lower()
+    return Path(path).suffix.lower()
 
 
 def is_image(path: str | os.PathLike) -> bool:

@@ -155,9 +155,10 @@ def _map_with_bar(
 def _fingerprint(paths: Sequence[str], root: Path, short_side: int | None) -> str:
     digest = hashlib.sha256(f"upright, kept at {short_side}".encode())
     for path in paths:
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0"))
         with contextlib.suppress(OSError):  # it will be named as broken
             info = os.stat(path)
-            digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0{info.st_size}\0{info.st_mtime_ns}\n"))
+            digest.update(f"{info.st_size}\0{info.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -194,6 +195,7 @@ class Cache:
                 return
             except OSError as error:
                 self.note = f"no cache ({error.strerror or error}), so images are decoded again next time"
+            finally:  # also of Ctrl-C
                 with contextlib.suppress(OSError):
                     temporary.unlink()
 
