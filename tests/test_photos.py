@@ -196,7 +196,7 @@ def test_layouts_without_a_way_through(tmp_path):
     "text, above",
     [
         ("file,label,split\n{rows}", ""),
-        ("\ufeffFile;Label;Split\r\n{rows}\r\n;;\r\n;;\r\n", "./"),
+        ("\ufeffFile;Label;Split\r\n{rows};;\r\n;;\r\n;;;;\r\n", "./"),
         ("file,label,split\n{rows}\n\n", "{root}/"),
     ],
 )
@@ -222,7 +222,11 @@ def test_labels_from_a_table(tmp_path, text, above):
 @pytest.mark.parametrize(
     "text, error",
     [
-        ("name,kind\na.png,x\n", "no rows of file,label"),
+        ("name,kind\na.png,x\n", "no rows of file,label.* below its first line, 'name,kind'"),
+        ("file\tlabel\na.png\tx\n", r"below its first line, 'file\\tlabel'"),
+        ("file,label\na.png,big, red\n", "1 files have more cells than 'file,label' .quote what has a ,., as a.png"),
+        ("file;label\na.png;x;y\n", "1 files have more cells than 'file;label'"),
+        ("file,label\na,x\n", "1 files are not in .* .with suffix; / not .*, as a"),
         ("file,label\nb.png,x\n", "1 files are not in .*, as b.png"),
         ("file,label\na.png,x\na.png,y\n", "1 files come twice, as a.png"),
         ("file,label,split\na.png,x,holdout\n", "split 'holdout' is none of train"),

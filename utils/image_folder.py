@@ -158,12 +158,13 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
     table = table if table.is_file() else root / table
     with refusing(f"--labels {table}: cannot be read", "a CSV in UTF-8 with the columns file,label[,split]"):
         text = table.read_text(encoding="utf-8-sig")
-        head = text.partition("\n")[0]
+        head = text.partition("\n")[0].strip()
         delimiter = ";" if ";" in head and "," not in head else ","
-        rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
-                for row in csv.DictReader(io.StringIO(text), delimiter=delimiter)]  # fmt: skip
+        rows = [{key.strip().lower(): "".join(value or "").strip() for key, value in row.items() if key}
+                for row in csv.DictReader(io.StringIO(text), restkey="more cells", delimiter=delimiter)]  # fmt: skip
     rows = [row for row in rows if any(row.values())]  # a spreadsheet may end with empty ones
-    refuse(not rows or not {"file", "label"} <= rows[0].keys(), f"--labels {table}: no rows of file,label[,split]")
+    what = f"no rows of file,label[,split] in UTF-8 below its first line, {head[:80]!r}"
+    refuse(not rows or not {"file", "label"} <= rows[0].keys(), f"--labels {table}: {what}")
     wrong = sorted({row["split"] for row in rows if row.get("split") and row["split"].lower() not in SPLITS})
     refuse(wrong, f"--labels {table}: split {next(iter(wrong), '')!r} is none of {' '.join(SPLITS)}")
     for row in rows:
@@ -173,7 +174,8 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
     for found, what in (
         ([name for name, n in Counter(row["file"] for row in rows).items() if n > 1], "come twice"),
         ([row["file"] for row in rows if not row["label"].isprintable() or not row["label"]], "lack a printable label"),
-        ([row["file"] for row in rows if row["file"] not in there], f"are not in {root} (folders with / not \\)"),
+        ([row["file"] for row in rows if row.get("more cells")], f"have more cells than {head!r} (quote what has a ,)"),
+        ([row["file"] for row in rows if row["file"] not in there], f"are not in {root} (with suffix; / not \\)"),
     ):
         refuse(found, f"--labels {table}: {len(found)} files {what}, as {next(iter(found), '')}")
     classes = sorted({row["label"] for row in rows})
