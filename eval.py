@@ -41,7 +41,7 @@ from models import create_model
 from utils import checkpoint, data_utils, dist_util, metrics
 from utils.augment import eval_augment, short_side
 from utils.cli import UserError, refuse, refusing
-from utils.datasets import ImageSet, data_words, load_data
+from utils.datasets import ImageSet, check_apart, data_words, load_data
 from utils.device import autocast, choose_device, keep_memory, memory_limit, usable_precision
 from utils.export import export
 from utils.image_folder import NOT_READ, files_in, is_image, kinds
@@ -91,6 +91,7 @@ class Classifier:
     def __init__(self, path: str | Path, state: dict, device: torch.device):
         self.args, self.classes, self.step = Namespace(**state["args"]), state["classes"], state["step"]
         self.config = state["config"]  # words of create_model
+        self.own = {name: state.get(name) for name in ("args", "files")}
         self.model = create_model(**self.config)
         self.model.load_state_dict(checkpoint.kept_weights(state))
         self.model.eval()
@@ -154,6 +155,7 @@ class Classifier:
         args = self.args
         words = dict(train=split != "test", classes=self.classes)
         data = load_data(args.dataset, args.data_dir, **words, **data_words(args)).to(self.device)
+        check_apart(self.name, self.own, args, data)
         for note in data.notes[1:]:  # after the images a class
             print(note, file=sys.stderr)
         found = {"train": data.train, "val": data.valid if data.valid is not data.test else None, "test": data.test}
@@ -241,10 +243,9 @@ def predict_folder(run: Classifier, folders: list[str], args: Namespace, out: Pa
         out.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             csv.writer(file).writerows([["file", "class", "probability", "runner-up"], *rows])
-    if args.json:
-        print(json.dumps(dict(predictions=str(path), images=len(rows), unreadable=unreadable)))
-        return
-    print("\n".join([*(f"left out: {cli.one_line(text)}" for text in unreadable), f"{path}: {len(rows)} images"]))
+    facts = dict(predictions=str(path), images=len(rows), unreadable=unreadable)
+    said = [*(f"left out: {cli.one_line(text)}" for text in unreadable), f"{path}: {len(rows)} images"]
+    print(json.dumps(facts) if args.json else "\n".join(said))
 
 
 def main(args: Namespace) -> int:
@@ -274,11 +275,8 @@ def main(args: Namespace) -> int:
         predict_folder(run, args.images, args, folder)
     elif args.images:
         answers = dict(zip(args.images, run.predict(args.images, args.top), strict=True))
-        if args.json:
-            print(json.dumps({file: dict(answer) for file, answer in answers.items()}))
-        else:
-            for file, answer in answers.items():
-                print(f"{cli.one_line(file)}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in answer))
+        said = [f"{cli.one_line(a)}: " + ", ".join(f"{c} {100 * p:.1f} %" for c, p in answers[a]) for a in answers]
+        print(json.dumps({file: dict(best) for file, best in answers.items()}) if args.json else "\n".join(said))
     else:
         score(run, args, folder)
     return 0

@@ -26,7 +26,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from os.path import realpath
 from pathlib import Path
 
 import torch
@@ -40,7 +39,7 @@ from utils import checkpoint, data_utils, device, dist_util, frozen, results, sc
 from utils.anomaly import Anomaly, NonFinite
 from utils.augment import eval_augment, make_mix, train_augment
 from utils.cli import UserError, refuse
-from utils.datasets import Data, ImageSet, data_words, load_data
+from utils.datasets import Data, ImageSet, check_apart, data_words, load_data
 from utils.dist_util import Processes
 from utils.log_util import RunLog, gflops, run_description
 from utils.loss import accuracy_of, balanced_weights, loss_of
@@ -107,23 +106,13 @@ def make_model(args: Namespace, num_classes: int = 1000) -> nn.Module:
     return model
 
 
-def check_apart(source: weights.WeightFile, args: Namespace, data: Data) -> None:
-    """Refuse to test on images that the weights were trained on, where the test images of a folder are drawn."""
-    its = source.own.get("args") or {}
-    if data.drawn and its.get("dataset") == args.dataset and realpath(its["data_dir"]) == realpath(args.data_dir):
-        flags = f"--seed {its['seed']} --test_fraction {its.get('test_fraction') or 0.2}"
-        overlap = flags != f"--seed {args.seed} --test_fraction {data.drawn}"
-        what = f"{source.path}: trained on some of the images of {args.data_dir} that are drawn for testing now"
-        refuse(overlap, f"{what}; keep to its {flags}, or put images into test/")
-
-
 def load_source(model: nn.Module, source: weights.WeightFile | None, args: Namespace, data: Data) -> str:
     """Put the weights that --pretrained_dir or --load_model_dir names into a model; a line for the log."""
     if source is None:
         return "from scratch"
     labels = source.labels if {*source.labels} == {*data.classes} else data.classes  # others may be another spelling
     same_classes = source.own.get("classes", labels) == data.classes
-    check_apart(source, args, data)
+    check_apart(source.path, source.own, args, data)
     exact = bool(args.load_model_dir)
     other = f"{source.path} has other classes than {args.dataset}, or another order"
     refuse(exact and not same_classes, f"{other}; try --pretrained_dir")
@@ -231,7 +220,7 @@ class Trainer:
         if self.processes.main:
             facts = dict(
                 config=self.config, classes=self.data.classes, args=vars(self.args), precision=self.precision,
-                step=self.progress.step, selected_on=self.data.selected_on,
+                step=self.progress.step, selected_on=self.data.selected_on, files=self.data.files,
             )  # fmt: skip
             checkpoint.save(path, facts | state, previous)
 

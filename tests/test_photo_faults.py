@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers import ID, ROOT, TINY, children, in_process, places, run, wait_for, write_folder
 from PIL import Image
 
@@ -198,3 +199,21 @@ def test_other_accumulation_goes_on_unless_norms_count_passes(photos, flags, goe
     more = in_process("train.py", *own, "--num_steps", "4", "--extend", "--gradient_accumulation_steps", "2")
     assert ("Resuming" in more.stdout and "End Training!" in more.stdout) == goes_on, more.stderr
     assert goes_on or "gradient_accumulation_steps 1 -> 2" in done.stderr
+
+
+def test_a_folder_that_has_changed_is_said_where_test_images_are_drawn(begun, photos):
+    """Another name may put an image that was trained on among the test images."""
+    checkpoint = photos.parent / "output" / f"{ID}_checkpoint.bin"
+    assert "perhaps trained on" not in run("eval.py", checkpoint).stderr
+    cat = photos / "cat"
+    (cat / "2025").mkdir()
+    for path in list(cat.glob("*.png")):
+        path.rename(cat / "2025" / path.name)
+    said = f"{ID}: perhaps trained on some of the test images; changed since: cat\n"
+    assert said in run("eval.py", checkpoint).stderr
+    anew = words(photos, "--test_fraction", 0.5, "--name", "anew", "--pretrained_dir", checkpoint)
+    assert f"{checkpoint}: perhaps trained on some of the test images" in run("train.py", *anew).stdout
+    state = torch.load(checkpoint, weights_only=True)
+    del state["files"]  # of an older version
+    torch.save(state, checkpoint)
+    assert "perhaps trained on" not in run("eval.py", checkpoint).stderr

@@ -15,6 +15,7 @@ import pkgutil
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from os.path import realpath
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,21 @@ def data_words(args: Namespace) -> dict:
     words = {name: getattr(args, name) for name in names if hasattr(args, name)}
     places = [args.cache_dir] if getattr(args, "cache_dir", None) else [None, args.output_dir]
     return words | dict(short_side=short_side(args), cache_dirs=[] if getattr(args, "no_cache", None) else places)
+
+
+def check_apart(path: str | os.PathLike, own: dict, args: Namespace, data: Data) -> None:
+    """Refuse to test on images that a file's weights were trained on, where the test images of a folder are drawn.
+
+    Where the folder has changed since, a line for the log says so; `own` are `args` and `files` of the weights' run.
+    """
+    its, files = own.get("args") or {}, own.get("files") or data.files
+    if data.drawn and its.get("dataset") == args.dataset and realpath(its["data_dir"]) == realpath(args.data_dir):
+        flags = f"--seed {its['seed']} --test_fraction {its.get('test_fraction') or 0.2}"
+        what = f"{path}: trained on some of the images of {args.data_dir} that are drawn for testing now"
+        way_out = f"keep to its {flags}, or put images into test/"
+        refuse(flags != f"--seed {args.seed} --test_fraction {data.drawn}", f"{what}; {way_out}")
+        others = ", ".join(name for name, now in data.files["test"].items() if now != files["test"].get(name))
+        data.notes += [f"{path}: perhaps trained on some of the test images; changed since: {others}"] * bool(others)
 
 
 def describe_classes(files: dict[str, dict], classes: list[str]) -> str:

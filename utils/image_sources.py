@@ -174,12 +174,9 @@ class Cache:
         for path in self.places:
             with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:  # damaged: made again
                 if str(file["fingerprint"]) == self.fingerprint:
-                    self.found(path)
+                    self.note = f"cache {path}, {path.stat().st_size / 2**20:.1f} MB"
                     return [file[name] for name in names]
         return None
-
-    def found(self, path: Path) -> None:
-        self.note = f"cache {path}, {path.stat().st_size / 2**20:.1f} MB"
 
     def write(self, **arrays) -> None:
         for path in self.places:
@@ -189,7 +186,7 @@ class Cache:
                 with open(temporary, "wb") as file:
                     np.savez(file, fingerprint=self.fingerprint, **arrays)
                 os.replace(temporary, path)
-                self.found(path)
+                self.read()  # notes where it is
                 if path != self.places[0]:
                     self.note += f" ({self.places[0].parent} cannot be written)"
                 return

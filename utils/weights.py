@@ -32,8 +32,8 @@ Pixels = tuple[list[float], list[float]]  # mean and std of the three channels
 class WeightFile:
     """What a file holds: its tensors under this project's names, and what it says of its model.
 
-    `origin` is the project it comes from, None for one unknown; `own` has `args`, `classes` and `config` of a
-    checkpoint of train.py, or of what was exported from one, {} of others; `normalize` is how pixels were normalised,
+    `origin` is the project it comes from, None for one unknown; `own` has `args`, `classes`, `config` and `files`
+    of a checkpoint of train.py, or some of them of an export, {} of others; `normalize` is how pixels were normalised,
     `heads` the number of attention heads, None where the file does not say it; `labels` are names of classes in the
     head's order, [] if unknown; `likely` is a key of presets.NORMALIZE that names suggest; `notes` are for people.
     """
@@ -67,7 +67,7 @@ def read_weights(path: str | os.PathLike) -> WeightFile:
         held = checkpoint.read_file(path)
         held = held if isinstance(held, dict) else {}
         if {"model", "args", "classes", "config", "precision"} <= held.keys():  # others have some of them, too
-            file.own = {name: held[name] for name in ("args", "classes", "config")}
+            file.own = {name: held.get(name) for name in ("args", "classes", "config", "files")}
             file.state = checkpoint.kept_weights(held)
         else:
             file.state = _find_tensors(held, file.notes)
