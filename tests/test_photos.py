@@ -158,6 +158,17 @@ def test_a_class_may_be_named_train(tmp_path):
     assert load_data("imagefolder", tmp_path).classes == ["bus", "car", "train"]
 
 
+@pytest.mark.parametrize(
+    "first, second", [("seg_train/seg_train", "seg_test"), ("training_set", "test_set"), ("", "test")]
+)
+def test_splits_of_other_names_are_no_classes(tmp_path, first, second):
+    """As data sets of others have them; taken for classes, the score would say nothing."""
+    write_classes(tmp_path / first, cat=5, dog=5, **({} if first else {"train1": 5}))
+    write_classes(tmp_path, **{second: 5})
+    with pytest.raises(UserError, match="name these splits train/ and test/, with CLASS folders in them"):
+        load_data("imagefolder", tmp_path)
+
+
 def test_flat_test_images_without_classes_are_not_used(tmp_path):
     write_classes(tmp_path / "train", cat=5, dog=5)
     picture(tmp_path / "test" / "1.png")

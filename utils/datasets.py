@@ -316,10 +316,7 @@ def data_words(args: Namespace) -> dict:
 
 
 def check_apart(path: str | os.PathLike, own: dict, args: Namespace, data: Data) -> None:
-    """Refuse to test on images that a file's weights were trained on, where the test images of a folder are drawn.
-
-    Where the folder has changed since, a line for the log says so; `own` are `args` and `files` of the weights' run.
-    """
+    """Refuse to test on images that weights were trained on, where a folder's are drawn; note where it has changed."""
     its, files = own.get("args") or {}, own.get("files") or data.files
     if data.drawn and its.get("dataset") == args.dataset and realpath(its["data_dir"]) == realpath(args.data_dir):
         flags = f"--seed {its['seed']} --test_fraction {its.get('test_fraction') or 0.2}"

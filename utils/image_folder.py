@@ -9,6 +9,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -129,8 +130,7 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
 
 def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str], list[str]]:
     """Paths and labels of each split that there is, the names of the classes, and lines for the log."""
-    layouts = "it holds CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg"
-    refuse(not root.is_dir(), f"--data_dir {root}: no such folder; {layouts}")
+    refuse(not root.is_dir(), f"--data_dir {root}: no such folder; it holds CLASS/*.jpg, or train/CLASS/, test/CLASS/")
     if labels:
         return _from_table(root, Path(labels))
     splits, unused = _split_folders(root)
@@ -139,6 +139,9 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
             inner = root / unused[0]
             deeper = sum(entry.is_dir() for entry in _visible(inner)) > 1
             refuse(deeper, f"--data_dir {root}: only one class, {unused[0]}; is --data_dir {inner} meant?")
+        like = {SPLITS[word]: name for name in unused for word in re.split(r"[\W\d_]+", name.lower()) if word in SPLITS}
+        way = "name these splits train/ and test/, with CLASS folders in them"
+        refuse(len(like) > 1, f"--data_dir {root}: no classes, by their names: {', '.join(like.values())}; {way}")
         loose = sum(entry.is_file() and is_image(entry) for entry in _visible(root))
         splits, unused = {"train": root}, [f"{loose} images outside of the class folders"] * bool(loose)
     sets, classes, skipped = {}, [], []
