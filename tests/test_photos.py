@@ -503,6 +503,22 @@ def test_a_link_to_nothing_beside_cached_images(tmp_path, memory_limit):
     assert len(data.train) + len(data.test) == 10 and len(data.train.source.sizes) == 11
 
 
+@pytest.mark.parametrize("memory_limit", [1.0, 0.0])
+def test_an_image_that_is_replaced_while_its_folder_is_read(tmp_path, memory_limit, monkeypatch):
+    """As by a program that brings photos up to date; a larger one would have covered its neighbour."""
+    write_classes(tmp_path, cat=5, dog=5)
+
+    def late(path, *more):
+        if path.endswith("dog/0.png"):
+            picture(tmp_path / "dog" / "0.png", (30, 30))
+        return read_image(path, *more)
+
+    monkeypatch.setattr("utils.image_sources.read_image", late)
+    with pytest.raises(UserError, match="dog/0.png: not of the size that it had before; mend or remove"):
+        load_data("imagefolder", tmp_path, memory_limit=memory_limit)
+    assert len(load_data("imagefolder", tmp_path, memory_limit=memory_limit).train) == 8
+
+
 def test_ctrl_c_while_the_cache_is_written_leaves_nothing(tmp_path, monkeypatch):
     write_classes(tmp_path, cat=3, dog=3)
     monkeypatch.setattr(np, "savez", lambda file, **arrays: file.write(b"half") and signal.raise_signal(signal.SIGINT))

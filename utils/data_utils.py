@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from utils import seeds
 from utils.augment import Augment, Mix
-from utils.cli import UserError, refuse
+from utils.cli import UserError
 from utils.datasets import ImageSet
 from utils.dist_util import SIGNALS, waiting
 from utils.image_sources import MEND, Files, Ragged, Uniform, read_image
@@ -70,9 +70,7 @@ class _Decode(torch.utils.data.Dataset):
         return pixels if self.shared else pixels.numpy(), shapes, torch.tensor(boxes)
 
     def _decode(self, i: int, box: list[int] | None, goal: list[int]) -> tuple[torch.Tensor, tuple[float, float]]:
-        image = read_image(self.source.paths[i], self.source.short_side)
-        changed = [image.height, image.width] != self.source.sizes[i].tolist()
-        refuse(changed, f"{self.source.paths[i]}: not of the size that it had before; {MEND}")
+        image = read_image(self.source.paths[i], self.source.short_side, self.source.sizes[i].tolist())
         top, left, height, width = box or (0, 0, image.height, image.width)
         down, across = (max(1, side // (2 * to)) for side, to in zip((height, width), goal, strict=True))
         image = image.reduce((across, down), (left, top, left + width, top + height))

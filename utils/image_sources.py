@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from utils.cli import UserError, refusing
+from utils.cli import UserError, refuse, refusing
 from utils.image_folder import suffixes
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is read or refused
@@ -110,10 +110,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def read_image(path: str | os.PathLike, short_side: int | None = None) -> Image.Image:
+def read_image(path: str | os.PathLike, short_side: int | None = None, size: list[int] | None = None) -> Image.Image:
     """Read the first frame of an image `as_rgb`, its shorter side reduced to `short_side` where it is longer.
 
-    UserError if it is no image, truncated, too large for Pillow, or of 32 bits a pixel and channel.
+    UserError if it is no image, truncated, too large for Pillow, of 32 bits a channel, or not of `size`, (h, w).
     """
     with _opened(path) as image:
         lying = orientation(image) >= 5
@@ -123,8 +123,11 @@ def read_image(path: str | os.PathLike, short_side: int | None = None) -> Image.
             image.draft(None, (2 * width, 2 * height))
         image = as_rgb(image)
         image.load()
-        size = (height, width) if lying else (width, height)
-        return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0) if reduced else image
+        if reduced:
+            kept = (height, width) if lying else (width, height)
+            image = image.resize(kept, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        refuse(size and size != [image.height, image.width], f"{path}: not of the size that it had before; {MEND}")
+        return image
 
 
 def _size(path: str) -> tuple[int, int]:
@@ -225,7 +228,7 @@ def load_files(
         pixels = torch.empty(ends[-1] if in_memory else 0, dtype=torch.uint8)
 
         def decode(i: int) -> None:
-            image = read_image(paths[i], short_side)
+            image = read_image(paths[i], short_side, sizes[i].tolist())
             if in_memory:
                 image = pil_to_tensor(image).flatten()
                 pixels[ends[i] - len(image) : ends[i]] = image
