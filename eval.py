@@ -243,9 +243,10 @@ def predict_folder(run: Classifier, folders: list[str], args: Namespace, out: Pa
         out.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             csv.writer(file).writerows([["file", "class", "probability", "runner-up"], *rows])
-    facts = dict(predictions=str(path), images=len(rows), unreadable=unreadable)
-    said = [*(f"left out: {cli.one_line(text)}" for text in unreadable), f"{path}: {len(rows)} images"]
-    print(json.dumps(facts) if args.json else "\n".join(said))
+    if args.json:
+        print(json.dumps(dict(predictions=str(path), images=len(rows), unreadable=unreadable)))
+        return
+    print("\n".join([*(f"left out: {cli.one_line(text)}" for text in unreadable), f"{path}: {len(rows)} images"]))
 
 
 def main(args: Namespace) -> int:
@@ -275,8 +276,11 @@ def main(args: Namespace) -> int:
         predict_folder(run, args.images, args, folder)
     elif args.images:
         answers = dict(zip(args.images, run.predict(args.images, args.top), strict=True))
-        said = [f"{cli.one_line(a)}: " + ", ".join(f"{c} {100 * p:.1f} %" for c, p in answers[a]) for a in answers]
-        print(json.dumps({file: dict(best) for file, best in answers.items()}) if args.json else "\n".join(said))
+        if args.json:
+            print(json.dumps({file: dict(answer) for file, answer in answers.items()}))
+        else:
+            for file, answer in answers.items():
+                print(f"{cli.one_line(file)}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in answer))
     else:
         score(run, args, folder)
     return 0
