@@ -65,7 +65,7 @@ def resolve(args: Namespace) -> weights.WeightFile | None:
     vars(args).update({name: its[name] for name in options.EVALUATION if name in its and name not in args.asked})
     if args.mean is None:
         args.mean, args.std = map(list, source and source.normalize or NORMALIZE["half"])
-    with torch.device("meta"), contextlib.suppress(RuntimeError):  # models of others may need numbers to be made
+    with torch.device("meta"), contextlib.suppress(RuntimeError, TypeError):  # models of others may need numbers
         make_model(args)
     return source
 
@@ -286,7 +286,7 @@ class Trainer:
         torch.manual_seed(seeds.seed_of(args.seed, seeds.DROPOUT, progress.step, self.processes.rank))
         self.lr = self.learning_rate(progress.step + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group["lr_scale"]
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
         total, correct = torch.zeros(2, device=self.device)
         for part in range(parts):
             self.part = part

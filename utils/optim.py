@@ -1,13 +1,10 @@
 """Optimizers, their parameter groups, and the gradient scaler."""
 
-import re
 from argparse import Namespace
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-
-HIDDEN = ("blocks.", "patch_embed.stem.")  # where Muon looks for matrices
 
 
 def parameter_groups(
@@ -23,11 +20,11 @@ def parameter_groups(
             has the full rate, what before them the lowest (arXiv 2003.10555, BEiT's): `lr_scale` in each group.
     """
     exempted = getattr(model, "no_weight_decay", set)() if exempt else set()
-    depth = len(getattr(model, "blocks", ()))
-    groups, layer = {}, 0 if depth else 1
+    blocks = getattr(model, "blocks", ())
+    layers = {p: i for i, block in enumerate(blocks, 1) for p in block.parameters()}  # whatever their names are
+    groups, depth, layer = {}, len(blocks), 0 if len(blocks) else 1
     for name, parameter in model.named_parameters():
-        block = re.match(r"blocks\.(\d+)\.", name)
-        layer = int(block[1]) + 1 if block else depth + 1 if layer else 0
+        layer = layers.get(parameter) or (depth + 1 if layer else 0)
         if not parameter.requires_grad:
             continue
         plain = name in exempted or (skip_bias_norm and (parameter.ndim <= 1 or name.endswith(".bias")))
@@ -80,7 +77,9 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     adamw = dict(lr=args.learning_rate, betas=tuple(args.betas), fused=fused)
-    matrices = {p for n, p in model.named_parameters() if n.startswith(HIDDEN) and p.ndim == 2 and p.requires_grad}
+    hidden = {p for block in getattr(model, "blocks", ()) for p in block.parameters()}
+    hidden |= {p for name, p in model.named_parameters() if name.startswith("patch_embed.stem.")}
+    matrices = {p for p in hidden if p.ndim == 2 and p.requires_grad}
     if args.opt == "adamw" or not matrices:
         return torch.optim.AdamW(groups, **adamw)
 
