@@ -21,6 +21,7 @@ from helpers import ROOT, call, wait_for
 import plot
 from utils import options, results
 from utils.cli import UserError
+from utils.results import mean_and_spread
 from utils.run_files import RunFiles, settings
 
 LOGS = Path(__file__).parent / "data" / "rescalevit_logs"
@@ -476,3 +477,8 @@ def test_one_cell_of_a_job_array(tmp_path):
     assert out.count("train.py ") == 1 and "--norm_type BN --seed 1" in out
     _, error = sweep.run(NORMS="LN BN", SEEDS="1 2", CELL="4", status=2)
     assert error == "train.py: error: nothing to do; look at ARCHS, NORMS, SEEDS and CELL\n"
+
+
+def test_a_score_that_is_no_number_is_shown_as_such():
+    mean, spread = mean_and_spread([0.5, float("nan")])
+    assert mean != mean and spread is None
