@@ -25,6 +25,7 @@ import torch
 class Perceptron(torch.nn.Module):
     def __init__(self, image_size, num_classes, hidden=8):
         super().__init__()
+        torch.linspace(0, 1, 3).numpy()  # rates or positions, which 'meta' tensors have none of
         self.first = torch.nn.Linear(3 * image_size**2, hidden)
         self.last = torch.nn.Linear(hidden, num_classes)
 
@@ -99,6 +100,7 @@ def test_a_model_is_one_file_and_one_row(row, tmp_path, monkeypatch):
     for top in (0, -1):
         with pytest.raises(UserError, match=f"top is the number of names for each image, at least 1, not {top}"):
             loaded.predict(images, top)
+    assert "m.json" in run("eval.py", checkpoint, "--export", tmp_path / "m.safetensors")
     run("eval.py", checkpoint, "--plot", "errors")
     assert [path.name for path in checkpoint.parent.glob("*_errors.png")]
     done = in_process("eval.py", checkpoint, "--plot", "attention")
@@ -150,6 +152,15 @@ def test_own_model_edits_no_file_of_the_kit(tmp_path, monkeypatch):
     checkpoint = next((tmp_path / "output").glob("*_checkpoint.bin"))
     scored = run("examples/own_model.py", *words, "-v", "true", "--load_model_dir", checkpoint)
     assert f"Valid Accuracy: {score:.5f}" in scored
+
+
+def test_the_words_of_a_row_are_in_force_and_classes_are_words(monkeypatch):
+    monkeypatch.setitem(AUGS, "cutout", dict(flip=True, reprob=0.9))
+    assert options.parse_train_args(["--aug", "cutout"]).reprob == 0.9
+    assert options.parse_train_args(["--aug", "cutout", "--reprob", "0.5"]).reprob == 0.5
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), [0, 1, 0, 1]
+    monkeypatch.setitem(DATASETS, "own", dict(read=lambda root: ({"train": images, "test": images}, range(2))))
+    assert load_data("own").classes == ["0", "1"]
 
 
 def test_minimal_in_short(tmp_path):

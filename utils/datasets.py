@@ -279,7 +279,7 @@ def _read(dataset: str, root: Path, **flags) -> tuple[dict, list[str], list[str]
             kind = f"{images.dtype} {tuple(images.shape)}, not torch.uint8 (n, 1 or 3, h, w)"
             refuse(not fine, f"{dataset} in {root}: {name} images are {kind}")
         splits[name] = images, labels
-    return splits, found, notes[0] if notes else []
+    return splits, [*map(str, found)], notes[0] if notes else []
 
 
 def _relabelled(splits: dict, found: list[str], classes: list[str], what: str) -> dict:

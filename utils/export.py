@@ -41,8 +41,8 @@ def _write(model: nn.Module, x: torch.Tensor, path: Path):
 def export(model: nn.Module, path: str | os.PathLike, facts: dict, atol: float = 1e-4) -> Path:
     """Write `model`, on the CPU and in float32, to `path`, and `facts` to the `.json` beside it, whose path it returns.
 
-    `model` needs an `image_size`. The logits of 3 random images agree within `atol` of their largest size. UserError:
-    an unknown kind of file, a package that is not installed, or logits that don't agree.
+    `facts` or `model` have the `image_size`. The logits of 3 random images agree within `atol` of their largest size.
+    UserError: an unknown kind of file, a package that is not installed, or logits that don't agree.
     """
     path = Path(path)
     refuse(path.suffix not in FORMATS, f"{path}: a name ends with {', '.join(FORMATS)}")
@@ -50,7 +50,8 @@ def export(model: nn.Module, path: str | os.PathLike, facts: dict, atol: float =
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         with torch.no_grad(), refusing(f"{path}: not exported", "nothing is left of it"):
-            x = torch.randn(3, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
+            size = [facts["image_size"]] * 2 if "image_size" in facts else model.image_size
+            x = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
             try:
                 written = _write(model, x[:2], temporary)
             except ImportError as error:

@@ -231,8 +231,8 @@ def _fill_in(args: argparse.Namespace) -> None:
     elif args.learning_rate is None:
         args.learning_rate = 0.03 if args.opt == "sgd" else 0.001
     preset = AUGS[args.aug]
-    args.flip, args.pad = preset.get("flip", False), preset.get("pad", 0)
-    args.operations, args.rotation = preset.get("operations"), preset.get("rotation", 0.0)
+    args.flip, args.pad, args.operations = preset.get("flip", False), preset.get("pad", 0), preset.get("operations")
+    args.rotation, args.reprob = preset.get("rotation", 0.0), args.reprob or preset.get("reprob", 0.0)
     args.interpolation = args.interpolation or preset.get("interpolation", "bilinear")
     scale = args.scale or preset.get("scale")
     args.scale = list(scale) if scale else None
