@@ -175,7 +175,8 @@ def load_run(path: str | Path, device: torch.device | str = "auto") -> Classifie
     """
     state = checkpoint.read_file(path)
     device = choose_device(device) if isinstance(device, str) else device
-    with refusing(f"{path}: not a checkpoint of this train.py", "score bare weights with train.py -v"):
+    way_out = "score bare weights with train.py -v; a model of your own needs its row in MODELS"
+    with refusing(f"{path}: not a checkpoint of this train.py", way_out):
         run = Classifier(path, state, device)
     run.model.to(device)  # no memory for it is not the file's fault
     return run

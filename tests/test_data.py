@@ -6,6 +6,7 @@ import pickle
 import shutil
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +170,29 @@ def test_a_set_of_your_own_is_a_row_of_the_table(tmp_path, monkeypatch):
         monkeypatch.setitem(DATASETS, "own", dict(read=lambda root, x=wrong: ({"test": (x, [0] * len(x))}, ["a", "b"])))
         with pytest.raises(UserError, match=r"images are torch.* not torch.uint8 \(n, 1 or 3, h, w\)"):
             load_data("own", tmp_path, train=False)
+    turned = {"test": (pixels[::-1, :, ::-1], [0, 1] * 3)}
+    monkeypatch.setitem(DATASETS, "own", dict(read=lambda root: (turned, range(2))))
+    data = load_data("own", tmp_path, train=False)
+    assert data.test.source.images.tolist() == pixels[::-1, :, ::-1].tolist() and data.classes == ["0", "1"]
+    turned = {"test": ([Path(photos[0])], [0])}
+    assert load_data("own", tmp_path, train=False).test.paths == photos[:1]
+
+
+TWO = np.zeros((2, 1, 4, 4), np.uint8)
+
+
+@pytest.mark.parametrize("split, images, labels, classes, said", [
+    ("validation", TWO, [0, 1], "ab", "has a split validation; they are train, test and val"),
+    ("test", TWO, [0, 1], "aa", "two classes have one name, of a, a"),
+    ("test", TWO, ["a", "b"], "ab", "test labels (.*); they are whole numbers"),
+    ("test", TWO, [0, 0.5], "ab", r"2 test images with labels \[0.0, 0.5\], 2 classes"),
+    ("test", [Image.new("RGB", (4, 4))], [0], "ab", "test images (.*Image.*); they are paths of files, or one uint8"),
+    ("test", np.array([None, 1]), [0, 1], "ab", "test images (.*); they are paths of files, or one uint8"),
+])  # fmt: skip
+def test_what_a_set_of_your_own_gives_is_checked(tmp_path, monkeypatch, split, images, labels, classes, said):
+    monkeypatch.setitem(DATASETS, "own", dict(read=lambda root: ({split: (images, labels)}, [*classes])))
+    with pytest.raises(UserError, match=f"own in {tmp_path}: {said}"):
+        load_data("own", tmp_path, train=False)
 
 
 # ---------------------------------------------------------------- image folders

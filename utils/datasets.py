@@ -268,18 +268,25 @@ def _read(dataset: str, root: Path, **flags) -> tuple[dict, list[str], list[str]
     read = words.pop("read")
     words |= {name: value for name, value in flags.items() if name in words}
     splits, found, *notes = (pkgutil.resolve_name(read) if isinstance(read, str) else read)(root, **words)
+    what, found = f"{dataset} in {root}", [*map(str, found)]
+    others = ", ".join(splits.keys() - {"train", "val", "test"})
+    refuse(others, f"{what}: has a split {others}; they are train, test and val")
+    refuse(len({*found}) < len(found), f"{what}: two classes have one name, of {', '.join(found[:20])}")
     for name, (images, labels) in splits.items():
-        n, labels = len(images), torch.as_tensor(labels).long()
+        with refusing(f"{what}: {name} labels", "they are whole numbers that count the classes from 0"):
+            n, labels = len(images), torch.as_tensor(labels)
         few = labels.unique().tolist()  # none in a split that is to be left out
         wrong = labels.shape != (n,) or not {*few} <= {*range(len(found))}
-        refuse(wrong, f"{dataset} in {root}: {n} {name} images with labels {few[:20]}, {len(found)} classes")
-        if isinstance(images, (torch.Tensor, np.ndarray)):
-            images = torch.as_tensor(images)
+        refuse(wrong, f"{what}: {n} {name} images with labels {few[:20]}, {len(found)} classes")
+        with refusing(f"{what}: {name} images", "they are paths of files, or one uint8 tensor (n, 1 or 3, h, w)"):
+            images = torch.as_tensor(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
+            images = images if torch.is_tensor(images) else [*map(os.fspath, images)]
+        if torch.is_tensor(images):
             fine = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
             kind = f"{images.dtype} {tuple(images.shape)}, not torch.uint8 (n, 1 or 3, h, w)"
-            refuse(not fine, f"{dataset} in {root}: {name} images are {kind}")
-        splits[name] = images, labels
-    return splits, [*map(str, found)], notes[0] if notes else []
+            refuse(not fine, f"{what}: {name} images are {kind}")
+        splits[name] = images, labels.long()
+    return splits, found, notes[0] if notes else []
 
 
 def _relabelled(splits: dict, found: list[str], classes: list[str], what: str) -> dict:
