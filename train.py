@@ -21,6 +21,7 @@ import contextlib
 import os
 import shlex
 import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -443,6 +444,8 @@ def validate_only(args: Namespace, processes: Processes, data: Data, source: wei
     batches = data_utils.eval_batches(data.test, eval_augment(args, place, precision), **words)
     result = evaluate(model.to(place), batches, len(data.classes), place, precision)
     if processes.main:
+        for note in data.notes[1:]:  # after the images a class, as eval.py
+            print(note, file=sys.stderr)
         print(f"Weights: {loaded}", *weights.check_pixels(source, args.mean, args.std), sep="\n")
         print(f"Valid Loss: {result['loss']:.5f}")
         print(f"Valid Accuracy: {result['accuracy']:.5f} ({result['correct']}/{result['seen']})")

@@ -184,7 +184,7 @@ TWO = np.zeros((2, 1, 4, 4), np.uint8)
 @pytest.mark.parametrize("split, images, labels, classes, said", [
     ("validation", TWO, [0, 1], "ab", "has a split validation; they are train, test and val"),
     ("test", TWO, [0, 1], "aa", "two classes have one name, of a, a"),
-    ("test", TWO, ["a", "b"], "ab", "test labels (.*); they are whole numbers"),
+    ("test", TWO, ["a", "b"], "ab", "test labels (.*); they are numbers"),
     ("test", TWO, [0, 0.5], "ab", r"2 test images with labels \[0.0, 0.5\], 2 classes"),
     ("test", [Image.new("RGB", (4, 4))], [0], "ab", "test images (.*Image.*); they are paths of files, or one uint8"),
     ("test", np.array([None, 1]), [0, 1], "ab", "test images (.*); they are paths of files, or one uint8"),

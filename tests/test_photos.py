@@ -85,7 +85,7 @@ def test_copies_on_both_sides_are_named(tmp_path, split, words, height):
     (tested, *_), (learnt, *_) = ([part.paths[i] for i in part.ids.tolist()] for part in (held, clean.train))
     Image.open(learnt).save(tested, optimize=True)  # the same pixels in another file
     n = len(held)
-    expected = f"1 of {n} images that are held out are copies of training images, as {tested} of {learnt}; remove"
+    expected = f"1 of {n} images that are held out are copies of training images, as {tested} of {learnt}, which"
     assert expected in said(load_data("imagefolder", tmp_path, **words), "are copies of")
 
 
@@ -154,8 +154,8 @@ def test_val_folder_and_a_fraction_for_testing(tmp_path):
 
 
 def test_a_class_may_be_named_train(tmp_path):
-    write_classes(tmp_path, bus=5, train=5, car=5)
-    assert load_data("imagefolder", tmp_path).classes == ["bus", "car", "train"]
+    write_classes(tmp_path, bus=5, train=5, car=5, **{"test tube": 5})
+    assert load_data("imagefolder", tmp_path).classes == ["bus", "car", "test tube", "train"]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_class_may_be_named_train(tmp_path):
 )
 def test_splits_of_other_names_are_no_classes(tmp_path, first, second):
     """As data sets of others have them; taken for classes, the score would say nothing."""
-    write_classes(tmp_path / first, cat=5, dog=5, **({} if first else {"train1": 5}))
+    write_classes(tmp_path / first, **(dict(cat=5, dog=5) if first else {"train": 5}))
     write_classes(tmp_path, **{second: 5})
     with pytest.raises(UserError, match="name these splits train/ and test/, with CLASS folders in them"):
         load_data("imagefolder", tmp_path)
@@ -235,8 +235,8 @@ def test_labels_from_a_table(tmp_path, text, above):
     [
         ("name,kind\na.png,x\n", "no rows of file,label.* below its first line, 'name,kind'"),
         ("file\tlabel\na.png\tx\n", r"below its first line, 'file\\tlabel'"),
-        ("file,label\na.png,big, red\n", "1 files have more cells than 'file,label' .quote what has a ,., as a.png"),
-        ("file;label\na.png;x;y\n", "1 files have more cells than 'file;label'"),
+        ("file,label\na.png,big, red\n", "1 rows have more cells than 'file,label', as 'a.png,big'; put what has a ,"),
+        ("file;label\na.png;x;y\n", "1 rows have more cells than 'file;label', as 'a.png,x'; put what has a ;"),
         ("file,label\na,x\n", "1 files are not in .* .with suffix; / not .*, as a"),
         ("file,label\nb.png,x\n", "1 files are not in .*, as b.png"),
         ("file,label\na.png,x\na.png,y\n", "1 files come twice, as a.png"),
@@ -339,7 +339,7 @@ def test_what_was_broken_is_tried_again(tmp_path, memory_limit, monkeypatch):
     write_classes(tmp_path / "test", cat=2, dog=2)
     words, whole = dict(memory_limit=memory_limit, skip_broken=True), Image.open
     with monkeypatch.context() as fault:
-        fault.setattr(Image, "open", lambda path: whole(f"{path}/none" if path.endswith("train/dog/1.png") else path))
+        fault.setattr(Image, "open", lambda f: whole(f"{f.name}/none" if f.name.endswith("train/dog/1.png") else f))
         assert all(len(load_data("imagefolder", tmp_path, **words).train) == 5 for _ in range(2))
     data = load_data("imagefolder", tmp_path, **words)
     assert len(data.train) == 6 and "Left out" not in "".join(data.notes)
@@ -357,6 +357,21 @@ def test_pixels_of_32_bits_are_refused(tmp_path, mode, kind):
 def test_gray_of_16_bits_is_scaled(tmp_path, kind):
     Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)).save(tmp_path / f"a.{kind}")
     assert np.asarray(read_image(tmp_path / f"a.{kind}"))[:, :, 0].flatten().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
+def test_lying_tiff_is_read_as_it_lies(tmp_path, mode):
+    """Pillow turns it, but maps uncompressed ones of some modes into memory at the wrong width."""
+    values = np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint16 if mode == "I;16" else np.uint8)
+    stored = Image.fromarray(values * 257 if mode == "I;16" else values)
+    stored = stored if mode in ("L", "I;16") else stored.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_classes(tmp_path, cat=5, dog=5)
+    stored.save(tmp_path / "cat" / "0.tif", exif=exif)
+    turned = np.asarray(read_image(tmp_path / "cat" / "0.tif"))[:, :, 0]
+    assert np.array_equal(turned, np.asarray(as_rgb(stored))[::-1, :, 0].T)
+    load_data("imagefolder", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])

@@ -80,7 +80,8 @@ def copies(training: ImageSet, held: ImageSet) -> list[str]:
     """A line for the log where files that are held out are in training, too, under other names; of those in memory."""
 
     def pixels(part: ImageSet) -> list[int]:
-        return [hash(part.source.take(each).numpy().tobytes()) for each in part.ids.split(1)]
+        images = (part.source.take(each).numpy() for each in part.ids.split(1))
+        return [hash((image.shape, image.tobytes())) for image in images]
 
     if not held.paths or isinstance(held.source, Files):
         return []
@@ -88,7 +89,7 @@ def copies(training: ImageSet, held: ImageSet) -> list[str]:
     pairs = [(i, known[key]) for i, key in zip(held.ids.tolist(), pixels(held), strict=True) if key in known]
     as_this = " of ".join(held.paths[i] for i in pairs[0]) if pairs else ""
     what = f"{len(pairs)} of {len(held)} images that are held out are copies of training images, as {as_this}"
-    return [f"{what}; remove them, as they make scores too good"] * bool(pairs)
+    return [f"{what}, which makes scores too good"] * bool(pairs)
 
 
 @dataclass
@@ -273,14 +274,15 @@ def _read(dataset: str, root: Path, **flags) -> tuple[dict, list[str], list[str]
     refuse(others, f"{what}: has a split {others}; they are train, test and val")
     refuse(len({*found}) < len(found), f"{what}: two classes have one name, of {', '.join(found[:20])}")
     for name, (images, labels) in splits.items():
-        with refusing(f"{what}: {name} labels", "they are whole numbers that count the classes from 0"):
-            n, labels = len(images), torch.as_tensor(labels)
+        with refusing(f"{what}: {name} labels", "they are numbers that count the classes from 0"):
+            labels = torch.as_tensor(np.ascontiguousarray(labels))
         few = labels.unique().tolist()  # none in a split that is to be left out
-        wrong = labels.shape != (n,) or not {*few} <= {*range(len(found))}
-        refuse(wrong, f"{what}: {n} {name} images with labels {few[:20]}, {len(found)} classes")
         with refusing(f"{what}: {name} images", "they are paths of files, or one uint8 tensor (n, 1 or 3, h, w)"):
-            images = torch.as_tensor(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
+            if isinstance(images, np.ndarray) and images.dtype.kind not in "OU":
+                images = torch.as_tensor(np.ascontiguousarray(images))
             images = images if torch.is_tensor(images) else [*map(os.fspath, images)]
+        wrong = labels.shape != (len(images),) or not {*few} <= {*range(len(found))}
+        refuse(wrong, f"{what}: {len(images)} {name} images with labels {few[:20]}, {len(found)} classes")
         if torch.is_tensor(images):
             fine = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
             kind = f"{images.dtype} {tuple(images.shape)}, not torch.uint8 (n, 1 or 3, h, w)"
@@ -323,7 +325,11 @@ def data_words(args: Namespace) -> dict:
 
 
 def check_apart(path: str | os.PathLike, own: dict, args: Namespace, data: Data) -> None:
-    """Refuse to test on images that weights were trained on, where a folder's are drawn; note where it has changed."""
+    """Refuse to test on images that weights were trained on, where a folder's are drawn; a note where it has changed.
+
+    `own` has `args` and `files` of the run that the weights come from, as its checkpoint has them; the note is added to
+    those of the data.
+    """
     its, files = own.get("args") or {}, own.get("files") or data.files
     if data.drawn and its.get("dataset") == args.dataset and realpath(its["data_dir"]) == realpath(args.data_dir):
         flags = f"--seed {its['seed']} --test_fraction {its.get('test_fraction') or 0.2}"

@@ -40,7 +40,7 @@ def suffixes() -> frozenset[str]:
 
 
 def suffix_of(path: str | os.PathLike) -> str:
-    return Path(path).suffix.lower()
+    return os.path.splitext(path)[1].lower()
 
 
 def is_image(path: str | os.PathLike) -> bool:
@@ -139,9 +139,10 @@ def image_folder(root: Path, labels: str | None = None) -> tuple[dict, list[str]
             inner = root / unused[0]
             deeper = sum(entry.is_dir() for entry in _visible(inner)) > 1
             refuse(deeper, f"--data_dir {root}: only one class, {unused[0]}; is --data_dir {inner} meant?")
-        like = {SPLITS[word]: name for name in unused for word in re.split(r"[\W\d_]+", name.lower()) if word in SPLITS}
-        way = "name these splits train/ and test/, with CLASS folders in them"
-        refuse(len(like) > 1, f"--data_dir {root}: no classes, by their names: {', '.join(like.values())}; {way}")
+        meant = [{SPLITS[word] for word in re.split(r"[\W\d_]+", name.lower()) if word in SPLITS} for name in unused]
+        way = "name these splits train/ and test/, with CLASS folders in them, or their classes in --labels"
+        only_splits = all(meant) and len(set().union(*meant)) > 1
+        refuse(only_splits, f"--data_dir {root}: no classes, by their names: {', '.join(unused)}; {way}")
         loose = sum(entry.is_file() and is_image(entry) for entry in _visible(root))
         splits, unused = {"train": root}, [f"{loose} images outside of the class folders"] * bool(loose)
     sets, classes, skipped = {}, [], []
@@ -163,8 +164,11 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
         text = table.read_text(encoding="utf-8-sig")
         head = text.partition("\n")[0].strip()
         delimiter = ";" if ";" in head and "," not in head else ","
-        rows = [{key.strip().lower(): "".join(value or "").strip() for key, value in row.items() if key}
-                for row in csv.DictReader(io.StringIO(text), restkey="more cells", delimiter=delimiter)]  # fmt: skip
+        read = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+    long = [",".join(row.values()) for row in read if any(row.pop(None, ())) and any(row.values())]
+    what = f"--labels {table}: {len(long)} rows have more cells than {head!r}, as {next(iter(long), '')!r}"
+    refuse(long, f"{what}; put what has a {delimiter} in it between quotes")
+    rows = [{key.strip().lower(): (value or "").strip() for key, value in row.items() if key} for row in read]
     rows = [row for row in rows if any(row.values())]  # a spreadsheet may end with empty ones
     what = f"no rows of file,label[,split] in UTF-8 below its first line, {head[:80]!r}"
     refuse(not rows or not {"file", "label"} <= rows[0].keys(), f"--labels {table}: {what}")
@@ -177,7 +181,6 @@ def _from_table(root: Path, table: Path) -> tuple[dict, list[str], list[str]]:
     for found, what in (
         ([name for name, n in Counter(row["file"] for row in rows).items() if n > 1], "come twice"),
         ([row["file"] for row in rows if not row["label"].isprintable() or not row["label"]], "lack a printable label"),
-        ([row["file"] for row in rows if row.get("more cells")], f"have more cells than {head!r} (quote what has a ,)"),
         ([row["file"] for row in rows if row["file"] not in there], f"are not in {root} (with suffix; / not \\)"),
     ):
         refuse(found, f"--labels {table}: {len(found)} files {what}, as {next(iter(found), '')}")

@@ -83,8 +83,9 @@ TURNS |= {8: Image.Transpose.ROTATE_90}
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike):
     suffixes()  # Pillow knows all formats then, in every process
-    with refusing(f"{path}: not a readable image", MEND), Image.open(path) as image:
-        yield image
+    with refusing(f"{path}: not a readable image", MEND), open(path, "rb") as file:
+        with Image.open(file) as image:  # by its path, Pillow 13 reads some TIFFs that are turned wrong
+            yield image
 
 
 def orientation(image: Image.Image) -> int:
@@ -177,9 +178,12 @@ class Cache:
         for path in self.places:
             with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:  # damaged: made again
                 if str(file["fingerprint"]) == self.fingerprint:
-                    self.note = f"cache {path}, {path.stat().st_size / 2**20:.1f} MB"
+                    self.found(path)
                     return [file[name] for name in names]
         return None
+
+    def found(self, path: Path) -> None:
+        self.note = f"cache {path}, {path.stat().st_size / 2**20:.1f} MB"
 
     def write(self, **arrays) -> None:
         for path in self.places:
@@ -189,7 +193,7 @@ class Cache:
                 with open(temporary, "wb") as file:
                     np.savez(file, fingerprint=self.fingerprint, **arrays)
                 os.replace(temporary, path)
-                self.read()  # notes where it is
+                self.found(path)
                 if path != self.places[0]:
                     self.note += f" ({self.places[0].parent} cannot be written)"
                 return

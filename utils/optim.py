@@ -20,7 +20,7 @@ def parameter_groups(
             has the full rate, what before them the lowest (arXiv 2003.10555, BEiT's): `lr_scale` in each group.
     """
     exempted = getattr(model, "no_weight_decay", set)() if exempt else set()
-    blocks = getattr(model, "blocks", ())
+    blocks = list(getattr(model, "blocks", nn.ModuleList()).children())
     layers = {p: i for i, block in enumerate(blocks, 1) for p in block.parameters()}  # whatever their names are
     groups, depth, layer = {}, len(blocks), 0 if len(blocks) else 1
     for name, parameter in model.named_parameters():
@@ -77,7 +77,7 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     adamw = dict(lr=args.learning_rate, betas=tuple(args.betas), fused=fused)
-    hidden = {p for block in getattr(model, "blocks", ()) for p in block.parameters()}
+    hidden = {*getattr(model, "blocks", nn.ModuleList()).parameters()}
     hidden |= {p for name, p in model.named_parameters() if name.startswith("patch_embed.stem.")}
     matrices = {p for p in hidden if p.ndim == 2 and p.requires_grad}
     if args.opt == "adamw" or not matrices:

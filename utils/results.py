@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 import re
 import statistics
 from argparse import Namespace
@@ -240,10 +241,10 @@ class Row:
 
 
 def mean_and_spread(values: Iterable[float | None]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few values, or one is NaN."""
+    """Mean and sample standard deviation; None where there are too few values, or one is not finite."""
     values = [value for value in values if value is not None]
     mean = statistics.fmean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 and mean == mean else None
+    return mean, statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else None
 
 
 def _tell_apart(rows: list[Row]) -> None:
