@@ -74,7 +74,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         ours, theirs = (checkpoint.read_file(part / "output" / name) for part in (folder, reference))
         assert ours.keys() == theirs.keys()
         for state in (ours, theirs):
-            for apart in ("args", "seconds", "log", "config", "classes", "precision", "selected_on", "kept"):
+            for apart in ("args", "seconds", "log", "config", "classes", "files", "precision", "selected_on", "kept"):
                 state.pop(apart, None)
         assert ours.pop("kept", None) == theirs.pop("kept", None)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
