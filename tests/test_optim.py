@@ -190,16 +190,18 @@ def test_blocks_are_known_by_themselves_not_by_their_names(opt):
     """As those of a model of another library, in a class of one's own."""
 
     class Wrapped(torch.nn.Module):
-        def __init__(self, model):
+        def __init__(self, model, kind=list):
             super().__init__()
-            self.net, self.blocks = model, model.blocks
+            self.net, self.blocks = model, kind(model.blocks)
 
     model = create_model("ViT-Ti_16", image_size=16, num_classes=10, **SIZES, patch_size=4)
     words = dict(learning_rate=1.0, weight_decay=0.1, weight_decay_on_all=True, layer_decay=0.5, betas=(0.9, 0.999))
     args = Namespace(opt=opt, disable_weight_decay_on_bias_norm=False, **words)
     found = []
-    for each in (model, Wrapped(model)):
+    for each in (model, Wrapped(model), Wrapped(model, torch.nn.ModuleList)):
         names = {p: name.removeprefix("net.") for name, p in each.named_parameters()}
         groups = make_optimizer(each, args, torch.device("cpu")).param_groups
         found.append([(g["lr_scale"], "adjust_lr_fn" in g, {names[p] for p in g["params"]}) for g in groups])
-    assert found[0] == found[1] and len({scale for scale, _, _ in found[0]}) > 2
+    assert found[0] == found[1] == found[2] and len({scale for scale, _, _ in found[0]}) > 2
+    named = Wrapped(model, lambda blocks: torch.nn.ModuleDict({str(i): block for i, block in enumerate(blocks)}))
+    assert {group["lr_scale"] for group in parameter_groups(named, 0.1, layer_decay=0.5)} == {1.0}  # no sequence

@@ -7,6 +7,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that has a sequence of `blocks`, whatever their parameters' names are; else none."""
+    return [block for block in getattr(model, "blocks", ()) if isinstance(block, nn.Module)]
+
+
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, exempt: bool = True, skip_bias_norm: bool = False,
     layer_decay: float = 1.0,
@@ -20,9 +25,9 @@ def parameter_groups(
             has the full rate, what before them the lowest (arXiv 2003.10555, BEiT's): `lr_scale` in each group.
     """
     exempted = getattr(model, "no_weight_decay", set)() if exempt else set()
-    blocks = list(getattr(model, "blocks", nn.ModuleList()).children())
-    layers = {p: i for i, block in enumerate(blocks, 1) for p in block.parameters()}  # whatever their names are
-    groups, depth, layer = {}, len(blocks), 0 if len(blocks) else 1
+    blocks = blocks_of(model)
+    layers = {p: i for i, block in enumerate(blocks, 1) for p in block.parameters()}
+    groups, depth, layer = {}, len(blocks), 0 if blocks else 1
     for name, parameter in model.named_parameters():
         layer = layers.get(parameter) or (depth + 1 if layer else 0)
         if not parameter.requires_grad:
@@ -77,7 +82,7 @@ def make_optimizer(model: nn.Module, args: Namespace, device: torch.device) -> t
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     adamw = dict(lr=args.learning_rate, betas=tuple(args.betas), fused=fused)
-    hidden = {*getattr(model, "blocks", nn.ModuleList()).parameters()}
+    hidden = {p for block in blocks_of(model) for p in block.parameters()}
     hidden |= {p for name, p in model.named_parameters() if name.startswith("patch_embed.stem.")}
     matrices = {p for p in hidden if p.ndim == 2 and p.requires_grad}
     if args.opt == "adamw" or not matrices:
